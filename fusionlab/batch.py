@@ -1,0 +1,197 @@
+"""What flows: the batch, the shared vocabulary and the visibility intervals.
+
+Rows hold packed documents in sequence order, modalities interleaved in any
+order. `modality` is the only thing that routes. What a query may see is one
+interval of keys, so causal rows, bidirectional spans, windows, prefixes and
+padding are all two integer arrays and nobody builds an L×L mask.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from fusionlab.errors import UserError
+from fusionlab.routing import Layout, make_layout
+
+Array = jax.Array | np.ndarray
+
+
+@flax.struct.dataclass
+class Batch:
+  """One step's rows, `[B, L]` in sequence order.
+
+  Attributes:
+    tokens: discrete id in the shared vocabulary; 0 where there is none.
+    modality: 0..K-1, index into `Vocabulary.modalities`; 0 on padding.
+    segment: document within the row, from 1; 0 is padding.
+    position: position within the document, from 0.
+    k_start, k_end: the keys [k_start, k_end) of the row that a query sees;
+      both 0 on padding.
+    target: the next token's id; 0 where there is none.
+    weight: loss weight of `target`; 0 at the last position of a document.
+    layout: where each position stands in its tower's array; None for a model
+      with one tower.
+    latents: continuous patch latents, or None.
+  """
+
+  tokens: Int[Array, "B L"]
+  modality: Int[Array, "B L"]
+  segment: Int[Array, "B L"]
+  position: Int[Array, "B L"]
+  k_start: Int[Array, "B L"]
+  k_end: Int[Array, "B L"]
+  target: Int[Array, "B L"]
+  weight: Float[Array, "B L"]
+  layout: Layout | None = None
+  latents: Float[Array, "B L C"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+  """One id space for all modalities, in disjoint contiguous ranges.
+
+  Attributes:
+    modalities: names; the index is the modality id. The first is the text that
+      holds the special ids.
+    sizes: number of ids of each modality, in the same order.
+    pad, bos, eos: ids at document borders, in the first modality's range.
+    begin, end: per modality, the ids that open and close one of its blocks
+      (BOI and EOI for images), in the first modality's range; the first entry
+      is unused.
+  """
+
+  modalities: tuple[str, ...]
+  sizes: tuple[int, ...]
+  pad: int = 0
+  bos: int = 1
+  eos: int = 2
+  begin: tuple[int, ...] = (0, 3)
+  end: tuple[int, ...] = (0, 4)
+
+  @functools.cached_property
+  def ends(self) -> tuple[int, ...]:
+    """Exclusive end of each modality's range."""
+    return tuple(int(n) for n in np.cumsum(self.sizes))
+
+  @property
+  def size(self) -> int:
+    """Number of ids in all."""
+    return self.ends[-1]
+
+  def offset(self, modality: int) -> int:
+    """First id of a modality's range."""
+    return self.ends[modality] - self.sizes[modality]
+
+  def index(self, name: str) -> int:
+    """Modality id of a name.
+
+    Raises:
+      UserError: an unknown modality, with the nearest name.
+    """
+    if name not in self.modalities:
+      from fusionlab.errors import nearest
+
+      raise UserError(f"unknown modality {name!r}{nearest(name, self.modalities)}")
+    return self.modalities.index(name)
+
+  def modality_of(self, ids: Int[Array, "*s"]) -> Int[Array, "*s"]:
+    """Modality id of each token id, by range (numpy in, numpy out)."""
+    if isinstance(ids, np.ndarray):
+      return np.searchsorted(self.ends, ids, side="right").astype(np.int32)
+    import jax.numpy as jnp
+
+    ends = jnp.asarray(self.ends, ids.dtype)
+    return (ids[..., None] >= ends).sum(-1, dtype=jnp.int32)
+
+
+def causal_intervals(
+  segment: Int[np.ndarray, "B L"], position: Int[np.ndarray, "B L"]
+) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B L"]]:
+  """Keys a causal query sees: its document's start up to and with itself.
+
+  Args:
+    segment: document within the row, from 1; 0 is padding.
+    position: position within the document.
+
+  Returns:
+    int32 `k_start`, `k_end`; both 0 on padding.
+  """
+  column = np.arange(segment.shape[1], dtype=np.int32)[None]
+  real = segment > 0
+  k_start = np.where(real, column - position, 0).astype(np.int32)
+  k_end = np.where(real, column + 1, 0).astype(np.int32)
+  return k_start, k_end
+
+
+def batch_of_ids(
+  documents: Sequence[Sequence[int]],
+  vocabulary: Vocabulary,
+  *,
+  towers: Sequence[int],
+  row_length: int = 0,
+) -> Batch:
+  """Makes a causal batch of one document per row, for use as a library.
+
+  Args:
+    documents: ids of the shared vocabulary, modalities interleaved at will.
+    vocabulary: tells each id's modality.
+    towers: tower of each modality, `model.config.routed_towers.of_modality`.
+    row_length: L; 0 takes the longest document's length.
+
+  Returns:
+    A numpy batch `[len(documents), L]`, padded at the end of the rows; each
+    target is the next id of its document.
+
+  Raises:
+    UserError: no document, an empty or too long one, or an id that the
+      vocabulary does not have.
+  """
+  lengths = [len(ids) for ids in documents]
+  length = row_length or max(lengths, default=0)
+  if not lengths or min(lengths) == 0 or max(lengths) > length:
+    raise UserError(
+      f"batch_of_ids got documents of {lengths} ids for rows of {length}; each"
+      f" needs 1 to {length} ids"
+    )
+  shape = (len(lengths), length)
+  tokens = np.full(shape, vocabulary.pad, np.int32)
+  target, weight = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+  for row, ids in enumerate(documents):
+    tokens[row, : len(ids)] = ids
+    target[row, : len(ids) - 1] = ids[1:]
+    weight[row, : len(ids) - 1] = 1.0
+  if tokens.min() < 0 or tokens.max() >= vocabulary.size:
+    raise UserError(
+      f"batch_of_ids got ids from {tokens.min()} to {tokens.max()}; the"
+      f" vocabulary has 0 to {vocabulary.size - 1}"
+    )
+  column = np.arange(length, dtype=np.int32)
+  real = column < np.asarray(lengths)[:, None]
+  segment = real.astype(np.int32)
+  position = np.where(real, column, 0).astype(np.int32)
+  modality = np.where(real, vocabulary.modality_of(tokens), 0).astype(np.int32)
+  k_start, k_end = causal_intervals(segment, position)
+  layout = None
+  if max(towers) > 0:
+    tower = np.asarray(towers)[modality]
+    counts = [int(((tower == k) & real).sum()) for k in range(max(towers) + 1)]
+    counts[0] += real.size - sum(counts)
+    layout = make_layout(
+      modality, real, towers=towers, counts=counts, group_rows=len(lengths)
+    )
+  return Batch(
+    tokens=np.where(real, tokens, 0),
+    modality=modality,
+    segment=segment,
+    position=position,
+    k_start=k_start,
+    k_end=k_end,
+    target=target,
+    weight=weight,
+    layout=layout,
+  )

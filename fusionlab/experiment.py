@@ -1,0 +1,63 @@
+"""The whole configuration of a run: every room's dataclass, put together."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from fusionlab.config import from_mapping, option
+from fusionlab.data.config import DataConfig
+from fusionlab.errors import ConfigError
+from fusionlab.models import MODELS
+from fusionlab.models.transformer import TransformerConfig
+from fusionlab.objectives import OBJECTIVES
+from fusionlab.objectives.next_token import NextTokenConfig
+from fusionlab.sharding.mesh import MeshConfig
+from fusionlab.train.config import OptimizerConfig, TrainConfig
+
+
+def _model_config(kind: str) -> type:
+  return MODELS.load(kind).Config
+
+
+def _objective_config(kind: str) -> type:
+  return OBJECTIVES.load(kind).Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """What `configs/*.py` describe and `config.json` records.
+
+  `model` and `objective` are the dataclass that their `kind` names; every
+  implementation carries it as the class attribute `Config`.
+  """
+
+  model: TransformerConfig = option(
+    TransformerConfig, "the architecture", kind_of=_model_config
+  )
+  objective: NextTokenConfig = option(
+    NextTokenConfig, "what is minimised", kind_of=_objective_config
+  )
+  data: DataConfig = option(DataConfig, "documents, rows and groups")
+  optimizer: OptimizerConfig = option(OptimizerConfig, "AdamW and schedule")
+  train: TrainConfig = option(TrainConfig, "the loop")
+  mesh: MeshConfig = option(MeshConfig, "devices")
+
+  @classmethod
+  def from_mapping(cls, mapping: Mapping[str, Any]) -> "Experiment":
+    """Builds and validates an experiment from nested mappings.
+
+    Raises:
+      ConfigError: see `fusionlab.config.from_mapping`.
+    """
+    return from_mapping(cls, mapping)
+
+  def check(self, path: str) -> None:
+    """Rules that join two sections."""
+    rows, groups = self.train.batch_size, self.data.group_rows
+    if groups and (rows // self.train.accumulate) % groups:
+      raise ConfigError(
+        f"{path}.data.group_rows={groups} does not divide the"
+        f" {rows // self.train.accumulate} rows of a microbatch"
+        f" ({path}.train.batch_size={rows} /"
+        f" {path}.train.accumulate={self.train.accumulate})"
+      )

@@ -1,0 +1,405 @@
+"""How a token finds its parameters: towers, the layout, route and unroute.
+
+A token is processed by the parameters of its tower, and tokens of all towers
+meet in the mixer. The routed stream is a tuple with one contiguous array per
+tower, so that every routed linear and norm is a plain dense operation. Moves
+between sequence order and routed order are gathers both ways; route and unroute
+are each other's transpose, so no scatter enters the step.
+
+Source: Mixture-of-Transformers (arXiv 2411.04996), Eq. 1-3 and Algorithm 1; the
+layout replaces its boolean masks.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from fusionlab.errors import UserError, nearest
+
+Array = jax.Array | np.ndarray
+Routed: TypeAlias = tuple[jax.Array, ...]
+
+UNTIE_NAMES = (
+  "q", "k", "v", "o", "qk_norm", "mixer_norm", "ffn", "ffn_norm", "final_norm",
+)  # fmt: skip
+
+
+@flax.struct.dataclass
+class Layout:
+  """A permutation of each group's positions into its towers' arrays.
+
+  A group is `R` whole rows; its `N = R·L` positions are numbered in row-major
+  order. The counts `C_k` are static and sum to `N`.
+
+  Attributes:
+    take: per tower, int32 [G, C_k]: the position that stands at each place.
+    place: int32 [G, N]: where each position stands, counted through the towers'
+      arrays one after another.
+  """
+
+  take: tuple[Int[Array, "G _"], ...]
+  place: Int[Array, "G N"]
+
+
+def parse_untie(untie: str) -> frozenset[str]:
+  """Splits the string of untied parameter names.
+
+  Args:
+    untie: any subset of `UNTIE_NAMES`, separated by spaces; '' unties nothing.
+
+  Raises:
+    UserError: an unknown name, with the nearest ones.
+  """
+  names = untie.split()
+  for name in names:
+    if name not in UNTIE_NAMES:
+      raise UserError(
+        f"config.model.untie has an unknown name"
+        f" {name!r}{nearest(name, UNTIE_NAMES)}"
+      )
+  return frozenset(names)
+
+
+def tower_names(
+  modalities: Sequence[str], towers: Sequence[int]
+) -> tuple[str, ...]:
+  """Names each tower by the modalities that share it ('image+speech').
+
+  Args:
+    modalities: names, in order of modality id.
+    towers: tower of each modality; towers are numbered 0..T-1, all in use.
+
+  Raises:
+    UserError: lengths that differ, or a tower without a modality.
+  """
+  if len(modalities) != len(towers):
+    raise UserError(
+      f"config.model.towers={tuple(towers)} has {len(towers)} entries for the"
+      f" {len(modalities)} modalities {tuple(modalities)}: give one tower each"
+    )
+  if sorted(set(towers)) != list(range(max(towers) + 1)):
+    raise UserError(
+      f"config.model.towers={tuple(towers)} must number the towers from 0"
+      f" without a gap, e.g. {tuple(range(len(towers)))}"
+    )
+  return tuple(
+    "+".join(m for m, t in zip(modalities, towers, strict=True) if t == k)
+    for k in range(max(towers) + 1)
+  )
+
+
+def tower_counts(
+  modality_counts: Sequence[int], towers: Sequence[int]
+) -> tuple[int, ...]:
+  """Sums places per modality into places per tower."""
+  return tuple(
+    sum(c for c, t in zip(modality_counts, towers, strict=True) if t == k)
+    for k in range(max(towers) + 1)
+  )
+
+
+def make_layout(
+  modality: Int[Array, "B L"],
+  real: Bool[Array, "B L"],
+  *,
+  towers: Sequence[int],
+  counts: Sequence[int],
+  group_rows: int,
+) -> Layout:
+  """Deals the positions of each group to its towers' places.
+
+  Tokens keep their sequence order within a tower; padding positions fill the
+  places that are left, so the result is a permutation. numpy arrays give numpy
+  arrays (the loader); traced arrays work under jit with the same static counts.
+
+  Args:
+    modality: modality id of each position.
+    real: False on padding.
+    towers: tower of each modality.
+    counts: places of each tower in a group, summing to `group_rows`·L.
+    group_rows: rows of a group; divides B.
+
+  Raises:
+    UserError: counts that do not sum to the group, rows that do not divide, or
+      (numpy only) a tower with more tokens than places.
+  """
+  xp = np if isinstance(modality, np.ndarray) else jnp
+  rows, length = modality.shape
+  size = group_rows * length
+  if rows % group_rows or sum(counts) != size:
+    raise UserError(
+      f"layout: {rows} rows of {length} do not make groups of {group_rows} rows"
+      f" with {' + '.join(map(str, counts))} places ({size} needed)"
+    )
+  tower = xp.asarray(towers, xp.int32)[modality].reshape(-1, size)
+  real = real.reshape(-1, size)
+  tower_ids = xp.arange(len(counts), dtype=xp.int32)
+  used = ((tower[..., None] == tower_ids) & real[..., None]).sum(1)
+  free = xp.asarray(counts, xp.int32) - used
+  if xp is np and (free < 0).any():
+    group, k = np.argwhere(free < 0)[0]
+    raise UserError(
+      f"layout: group {group} has {used[group, k]} tokens for tower {k}, which"
+      f" has {counts[k]} places"
+    )
+  # The r-th padding position goes to the first tower whose free places, summed
+  # up to and with it, exceed r.
+  rank = xp.cumsum(~real, axis=1) - 1
+  dealt = (rank[..., None] >= xp.cumsum(free, axis=1)[:, None]).sum(-1)
+  tower = xp.where(real, tower, dealt)
+  if xp is np:
+    order = np.argsort(tower, axis=1, kind="stable").astype(np.int32)
+    place = np.argsort(order, axis=1, kind="stable").astype(np.int32)
+  else:
+    order = jnp.argsort(tower, axis=1, stable=True).astype(jnp.int32)
+    place = jnp.argsort(order, axis=1).astype(jnp.int32)
+  starts = np.cumsum((0, *counts))
+  take = tuple(
+    order[:, a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)
+  )
+  return Layout(take=take, place=place)
+
+
+def _gather(x: Array, index: Array) -> jax.Array:
+  """Rows `index` [G, M] of `x` [G, N, ...]."""
+  index = index.reshape(index.shape + (1,) * (x.ndim - 2))
+  return jnp.take_along_axis(x, index, axis=1, mode="promise_in_bounds")
+
+
+@jax.custom_vjp
+def _route(x: Array, layout: Layout) -> Routed:
+  return tuple(_gather(x, take) for take in layout.take)
+
+
+@jax.custom_vjp
+def _unroute(routed: Routed, layout: Layout) -> jax.Array:
+  return _gather(jnp.concatenate(routed, axis=1), layout.place)
+
+
+def _no_gradient(layout: Layout) -> Layout:
+  return jax.tree.map(
+    lambda a: np.zeros(a.shape, jax.dtypes.float0), layout
+  )
+
+
+_route.defvjp(
+  lambda x, layout: (_route(x, layout), layout),
+  lambda layout, g: (_unroute(g, layout), _no_gradient(layout)),
+)
+_unroute.defvjp(
+  lambda routed, layout: (_unroute(routed, layout), layout),
+  lambda layout, g: (_route(g, layout), _no_gradient(layout)),
+)
+
+
+def route(x: Float[Array, "B L *f"], layout: Layout | None) -> Routed:
+  """Moves a sequence-order array into one array per tower, by gathers.
+
+  Args:
+    x: any features in sequence order.
+    layout: the batch's layout; None leaves one tower in sequence order.
+
+  Returns:
+    Per tower `[G, C_k, *f]`; `([B, L, *f],)` without a layout.
+  """
+  if layout is None:
+    return (x,)
+  groups, size = layout.place.shape
+  return _route(x.reshape(groups, size, *x.shape[2:]), layout)
+
+
+def unroute(
+  routed: Routed, layout: Layout | None, length: int
+) -> Float[Array, "B L *f"]:
+  """Moves one array per tower back into sequence order: route's inverse.
+
+  Args:
+    routed: per tower `[G, C_k, *f]`.
+    layout: the layout that made them.
+    length: L, tokens in a row.
+  """
+  if layout is None:
+    return routed[0]
+  x = _unroute(routed, layout)
+  return x.reshape(-1, length, *x.shape[2:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Towers:
+  """Which tower each modality has, and which parameters are per tower.
+
+  Attributes:
+    names: of the towers; ("shared",) where there is one.
+    of_modality: tower of each modality.
+    untied: names out of `UNTIE_NAMES`; empty where there is one tower.
+  """
+
+  names: tuple[str, ...]
+  of_modality: tuple[int, ...]
+  untied: frozenset[str]
+
+  @classmethod
+  def parse(
+    cls, modalities: Sequence[str], towers: Sequence[int], untie: str
+  ) -> "Towers":
+    """Reads `config.model.{modalities,towers,untie}`.
+
+    One tower, or nothing untied, is the dense model: no layout, no move.
+
+    Raises:
+      UserError: see `tower_names` and `parse_untie`.
+    """
+    names = tower_names(modalities, towers)
+    untied = parse_untie(untie)
+    if len(names) == 1 or not untied:
+      return cls(("shared",), (0,) * len(towers), frozenset())
+    return cls(names, tuple(towers), untied)
+
+  @property
+  def count(self) -> int:
+    """Number of towers."""
+    return len(self.names)
+
+  def leaves(self, name: str) -> tuple[str, ...]:
+    """Tree names under which the parameter `name` is kept."""
+    return self.names if name in self.untied else ("shared",)
+
+  def routes(self, *names: str) -> bool:
+    """Whether a sub-layer with these parameters works in routed order."""
+    return not self.untied.isdisjoint(names)
+
+
+@flax.struct.dataclass
+class Router:
+  """Carries out the routing of one batch; made once, shared by all layers.
+
+  A stream is a tuple of arrays. With `layout` it holds one array per tower;
+  `select` keeps sequence order and runs every tower on every token (the tests'
+  oracle); `ragged` keeps one array sorted by tower for `jax.lax.ragged_dot`.
+  A stream in sequence order is a tuple of one array.
+
+  Attributes:
+    layout: the batch's layout; None with one tower.
+    tower: int32 [B, L], tower of each position (`select`).
+    length: L.
+    dispatch: "layout", "ragged" or "select".
+  """
+
+  layout: Layout | None
+  tower: Int[Array, "B L"] | None
+  length: int = flax.struct.field(pytree_node=False)
+  dispatch: str = flax.struct.field(pytree_node=False)
+
+  def enter(self, stream: Routed) -> Routed:
+    """Sequence order to routed order."""
+    if self.layout is None or self.dispatch == "select":
+      return stream
+    routed = route(stream[0], self.layout)
+    if self.dispatch == "ragged":
+      return (_join(routed),)
+    return routed
+
+  def leave(self, stream: Routed) -> Routed:
+    """Routed order to sequence order."""
+    if self.layout is None or self.dispatch == "select":
+      return stream
+    if self.dispatch == "ragged":
+      stream = self._split(stream[0])
+    return (unroute(stream, self.layout, self.length),)
+
+  def apply(
+    self, f: Callable[..., jax.Array], stream: Routed, *weights: Routed
+  ) -> Routed:
+    """Runs `f(x, *weights of its tower)` for each tower.
+
+    Args:
+      f: a position-wise function.
+      stream: routed, or in sequence order where `weights` are shared.
+      *weights: each a tuple with one array per tower, or of one shared array.
+    """
+    towers = max(map(len, weights), default=1)
+    if towers == 1:
+      return tuple(f(x, *(w[0] for w in weights)) for x in stream)
+    per_tower = list(
+      zip(*(w if len(w) > 1 else w * towers for w in weights), strict=True)
+    )
+    if self.dispatch == "select":
+      (x,), tower = stream, self.tower
+      y = f(x, *per_tower[0])
+      for k, ws in enumerate(per_tower[1:], start=1):
+        chosen = (tower == k).reshape(tower.shape + (1,) * (y.ndim - 2))
+        y = jnp.where(chosen, f(x, *ws), y)
+      return (y,)
+    if self.dispatch == "ragged":
+      split = self._split(stream[0])
+      return (
+        _join(tuple(f(x, *ws) for x, ws in zip(split, per_tower, strict=True))),
+      )
+    return tuple(f(x, *ws) for x, ws in zip(stream, per_tower, strict=True))
+
+  def linear(self, stream: Routed, weight: Routed) -> Routed:
+    """x W for each tower; `weight` is a tuple of [d, f] matrices."""
+    if self.dispatch == "ragged" and len(weight) > 1:
+      (x,) = stream
+      sizes = jnp.asarray([t.size for t in self.layout.take], jnp.int32)
+      y = jax.lax.ragged_dot(
+        x.reshape(-1, x.shape[-1]), jnp.stack(weight), sizes
+      )
+      return (y.reshape(1, -1, y.shape[-1]),)
+    return self.apply(lambda x, w: x @ w, stream, weight)
+
+  def _split(self, x: jax.Array) -> Routed:
+    groups = self.layout.place.shape[0]
+    ends = np.cumsum([t.size for t in self.layout.take])[:-1]
+    return tuple(
+      part.reshape(groups, -1, *x.shape[2:])
+      for part in jnp.split(x, ends, axis=1)
+    )
+
+
+def _join(routed: Routed) -> jax.Array:
+  """All towers' tokens one after another: [1, G·N, ...]."""
+  return jnp.concatenate(
+    [x.reshape(1, -1, *x.shape[2:]) for x in routed], axis=1
+  )
+
+
+def make_router(
+  towers: Towers,
+  layout: Layout | None,
+  modality: Int[Array, "B L"],
+  dispatch: str,
+) -> Router:
+  """Prepares the routing of a batch.
+
+  Args:
+    towers: of the model.
+    layout: the batch's; needed by `layout` and `ragged` with several towers.
+    modality: the batch's modality ids.
+    dispatch: "layout", "ragged" or "select".
+
+  Raises:
+    UserError: several towers and no layout, or a layout of other towers.
+  """
+  length = modality.shape[1]
+  if towers.count == 1:
+    return Router(None, None, length, "layout")
+  if dispatch != "select":
+    if layout is None:
+      raise UserError(
+        f"the model has towers {towers.names} and the batch no layout; make it"
+        f" with fusionlab.routing.make_layout"
+      )
+    if len(layout.take) != towers.count:
+      raise UserError(
+        f"the batch's layout has {len(layout.take)} towers and the model"
+        f" {towers.count} ({', '.join(towers.names)})"
+      )
+  tower = jnp.asarray(towers.of_modality, jnp.int32)[modality]
+  return Router(layout, tower, length, dispatch)
