@@ -1,0 +1,70 @@
+"""How many parameters, where: total, active per token, per tower."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from fusionlab.batch import Vocabulary
+from fusionlab.models.transformer import TransformerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCount:
+  """Numbers of parameters.
+
+  Attributes:
+    total: all of them.
+    active: those that one token uses (its own tower's and the shared ones).
+    embedding: input and output tables, in `total` and `active`.
+    per_tower: tower name -> parameters of its own; "shared" -> the rest.
+  """
+
+  total: int
+  active: int
+  embedding: int
+  per_tower: dict[str, int]
+
+
+def abstract_params(model: Any) -> Any:
+  """The parameter tree as `jax.ShapeDtypeStruct`; nothing is allocated."""
+  return jax.eval_shape(model.init_params, jax.random.key(0))
+
+
+def path_name(path: Any) -> str:
+  """A tree path as 'layers/ffn/image/w_in'."""
+  return "/".join(str(getattr(p, "key", getattr(p, "name", p))) for p in path)
+
+
+def count(config: TransformerConfig, vocab_size: int) -> ParameterCount:
+  """Counts a model's parameters from their shapes.
+
+  Args:
+    config: the model's.
+    vocab_size: ids V in the tables; `config.vocab_size` overrides it.
+  """
+  from fusionlab.models import MODELS
+
+  sizes = (vocab_size,) + (0,) * (len(config.modalities) - 1)
+  model = MODELS.load(config.kind)(
+    config, Vocabulary(config.modalities, sizes)
+  )
+  leaves = jax.tree.leaves_with_path(abstract_params(model))
+  towers = config.routed_towers.names
+  per_tower = dict.fromkeys(("shared", *towers), 0)
+  embedding = 0
+  for path, leaf in leaves:
+    parts = path_name(path).split("/")
+    size = math.prod(leaf.shape)
+    tower = next((p for p in parts if p in towers), "shared")
+    per_tower[tower] += size
+    if parts[-1] in ("embed", "unembed"):
+      embedding += size
+  own = [n for tower, n in per_tower.items() if tower != "shared"]
+  return ParameterCount(
+    total=sum(per_tower.values()),
+    active=per_tower["shared"] + max(own, default=0),
+    embedding=embedding,
+    per_tower=per_tower,
+  )

@@ -1,0 +1,87 @@
+"""What a config costs, before anything is allocated: `--mode=summary`."""
+
+import math
+
+from rich.console import Console
+from rich.table import Table
+
+from fusionlab.analysis import flops, parameters
+from fusionlab.experiment import Experiment
+from fusionlab.sharding.mesh import AXES
+from fusionlab.tokenizers import load_tokenizers
+
+
+def render(experiment: Experiment) -> str:
+  """Tables of parameters, FLOPs per token and bytes per device.
+
+  Args:
+    experiment: validated; its mesh sizes count as given, 0 as 1, whatever
+      devices are at hand.
+
+  Returns:
+    Text for a terminal.
+
+  Raises:
+    UserError: a tokenizer file that cannot be read.
+  """
+  model, mesh = experiment.model, experiment.mesh
+  vocab_size = model.vocab_size
+  if not vocab_size:
+    tokenizers = load_tokenizers(
+      experiment.data.text_tokenizer, experiment.data.image_tokenizer
+    )
+    vocab_size = tokenizers.vocabulary.size
+  counts = parameters.count(model, vocab_size)
+  length = experiment.data.row_length
+
+  table = Table(title=f"{model.kind}, untie='{model.untie}'")
+  table.add_column("parameters")
+  table.add_column("number", justify="right")
+  for name, number in (
+    ("total", counts.total),
+    ("active per token", counts.active),
+    ("embedding and output tables", counts.embedding),
+    *((f"tower {name}", n) for name, n in counts.per_tower.items()),
+  ):
+    table.add_row(name, f"{number:,}")
+
+  work = Table()
+  work.add_column("FLOPs per token")
+  work.add_column("MFLOPs", justify="right")
+  forward = flops.forward_flops_per_token(model, vocab_size, length)
+  for name, number in (("forward", forward), ("training step", 3 * forward)):
+    work.add_row(name, f"{number / 1e6:,.1f}")
+  rows = experiment.train.batch_size
+  work.add_row(
+    f"whole step ({rows:,} rows of {length:,})",
+    f"{3 * forward * rows * length / 1e6:,.0f}",
+  )
+
+  memory = Table()
+  memory.add_column("bytes per device")
+  memory.add_column("MiB", justify="right")
+  for name, number in state_bytes(experiment, counts.total).items():
+    memory.add_row(name, f"{number / 2**20:,.1f}")
+  shape = " x ".join(f"{axis} {getattr(mesh, axis) or 1}" for axis in AXES)
+  memory.caption = f"mesh {shape}; activations are not counted"
+
+  console = Console(width=80, force_terminal=False)
+  with console.capture() as capture:
+    for part in (table, work, memory):
+      console.print(part)
+  return capture.get()
+
+
+def state_bytes(experiment: Experiment, total: int) -> dict[str, float]:
+  """Bytes of the training state on one device, float32, split over `fsdp`.
+
+  Args:
+    experiment: its mesh and optimizer.
+    total: number of parameters.
+  """
+  share = 4 * total / max(1, experiment.mesh.fsdp)
+  parts = {"parameters": share, "gradients": share, "AdamW moments": 2 * share}
+  if experiment.optimizer.ema_decay:
+    parts["moving average"] = share
+  parts["sum"] = math.fsum(parts.values())
+  return parts

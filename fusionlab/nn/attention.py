@@ -1,0 +1,143 @@
+"""Self-attention whose projections may be per tower; the mixing never is.
+
+Source: Mixture-of-Transformers (arXiv 2411.04996), Eq. 1 and Algorithm 1:
+queries, keys, values and outputs by the token's tower, one softmax over all.
+"""
+
+import functools
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from fusionlab.nn.functional.norms import layer_norm, rms_norm
+from fusionlab.nn.functional.rotary import rotate
+from fusionlab.nn.parameters import Weight, cast, declare, fan_in
+from fusionlab.routing import Routed, Router, Towers
+from fusionlab.sharding import axes
+from kernels_pallas.attention import attention
+
+
+@flax.struct.dataclass
+class Visibility:
+  """What attention needs of a batch besides the stream.
+
+  Attributes:
+    k_start, k_end: keys that each query sees.
+    cos, sin: of the rotary angles.
+  """
+
+  k_start: Int[Array, "B L"]
+  k_end: Int[Array, "B L"]
+  cos: Float[Array, "B L D/2"]
+  sin: Float[Array, "B L D/2"]
+
+
+class Attention(nn.Module):
+  """Grouped-query attention with QK-norm and rotary positions.
+
+  Attributes:
+    towers: which leaves there are.
+    dim: width d of the stream.
+    num_heads, num_kv_heads, head_dim: H, G and D.
+    qk_norm: "none", "rms" or "layer", over D before the rotation, one weight
+      for all heads (Chameleon §2.3; MoT has RMSNorm per modality).
+    norm_eps: of the QK-norm.
+    out_scale: factor on the output projection's initial deviation.
+    implementation: of the mixing, by name.
+  """
+
+  towers: Towers
+  dim: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  qk_norm: str
+  norm_eps: float
+  out_scale: float = 1.0
+  implementation: str = "auto"
+
+  @nn.compact
+  def __call__(
+    self, stream: Routed, router: Router, visibility: Visibility
+  ) -> Routed:
+    """Mixes a stream `[..., d]` over the keys each query sees."""
+    d, dh = self.dim, self.head_dim
+    h, g = self.num_heads, self.num_kv_heads
+    weights = {
+      "q": Weight(
+        (d, h, dh), (axes.EMBED, axes.HEADS, axes.HEAD_DIM), fan_in(d), "q"
+      ),
+      "k": Weight(
+        (d, g, dh), (axes.EMBED, axes.KV_HEADS, axes.HEAD_DIM), fan_in(d), "k"
+      ),
+      "v": Weight(
+        (d, g, dh), (axes.EMBED, axes.KV_HEADS, axes.HEAD_DIM), fan_in(d), "v"
+      ),
+      "o": Weight(
+        (h, dh, d),
+        (axes.HEADS, axes.HEAD_DIM, axes.EMBED),
+        fan_in(h * dh, self.out_scale),
+        "o",
+      ),
+    }
+    ones, zeros = nn.initializers.ones, nn.initializers.zeros
+    if self.qk_norm != "none":
+      for name in ("q_norm", "k_norm"):
+        weights[f"{name}_scale"] = Weight((dh,), (axes.NORM,), ones, "qk_norm")
+        if self.qk_norm == "layer":
+          weights[f"{name}_bias"] = Weight(
+            (dh,), (axes.NORM,), zeros, "qk_norm"
+          )
+    w = declare(self.towers, weights)
+    dtype = stream[0].dtype
+
+    def project(name: str, heads: int) -> jax.Array:
+      matrices = tuple(
+        m.reshape(d, heads * dh) for m in cast(w[name], dtype)
+      )
+      y = router.linear(stream, matrices)
+      y = tuple(a.reshape(*a.shape[:-1], heads, dh) for a in y)
+      if name != "v":
+        y = self._normalise(y, router, w, f"{name}_norm")
+      return router.leave(y)[0] if routed else y[0]
+
+    routed = self.towers.routes("q", "k", "v", "o", "qk_norm", "mixer_norm")
+    q = rotate(project("q", h), visibility.cos, visibility.sin)
+    k = rotate(project("k", g), visibility.cos, visibility.sin)
+    v = project("v", g)
+    mixed = attention(
+      q,
+      k,
+      v,
+      visibility.k_start,
+      visibility.k_end,
+      implementation=self.implementation,
+    )
+    mixed = mixed.reshape(*mixed.shape[:2], h * dh)
+    out = router.enter((mixed,)) if routed else (mixed,)
+    matrices = tuple(m.reshape(h * dh, d) for m in cast(w["o"], dtype))
+    return router.linear(out, matrices)
+
+  def _normalise(
+    self, y: Routed, router: Router, w: dict[str, Routed], name: str
+  ) -> Routed:
+    if self.qk_norm == "none":
+      return y
+    eps = self.norm_eps
+    if self.qk_norm == "rms":
+      norm = functools.partial(rms_norm, eps=eps)
+      return router.apply(norm, y, w[f"{name}_scale"])
+    norm = functools.partial(layer_norm, eps=eps)
+    return router.apply(norm, y, w[f"{name}_scale"], w[f"{name}_bias"])
+
+
+def visibility_of(
+  k_start: Int[Array, "B L"],
+  k_end: Int[Array, "B L"],
+  angles: Float[Array, "B L _"],
+) -> Visibility:
+  """Bundles a batch's intervals with the rotation of its positions."""
+  return Visibility(k_start, k_end, jnp.cos(angles), jnp.sin(angles))

@@ -1,0 +1,1 @@
+"""The mathematics of what has no kernel: arrays in, arrays out."""

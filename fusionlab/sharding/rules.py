@@ -1,0 +1,143 @@
+"""Rules from named axes to mesh axes, and the shardings they give."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fusionlab.batch import Batch
+from fusionlab.errors import UserError, nearest
+from fusionlab.sharding import axes
+
+# FSDP shards every parameter along its model width; the batch and the groups of
+# the layout are split over both data axes. An axis without a rule is whole.
+RULES: Mapping[str, str | tuple[str, ...] | None] = {
+  axes.LAYERS: None,
+  axes.VOCAB: None,
+  axes.EMBED: "fsdp",
+  axes.HEADS: None,
+  axes.KV_HEADS: None,
+  axes.HEAD_DIM: None,
+  axes.FFN: None,
+  axes.NORM: None,
+  axes.ACT_BATCH: ("data", "fsdp"),
+  axes.ACT_GROUP: ("data", "fsdp"),
+  axes.ACT_LENGTH: None,
+  axes.ACT_EMBED: None,
+}
+
+
+def spec(names: Sequence[str | None]) -> PartitionSpec:
+  """Partition spec of an array whose axes bear these names.
+
+  Raises:
+    UserError: an unknown name, or two names on one mesh axis.
+  """
+  used: set[str] = set()
+  entries = []
+  for name in names:
+    if name is not None and name not in RULES:
+      raise UserError(f"unknown axis name {name!r}{nearest(name, RULES)}")
+    entry = None if name is None else RULES[name]
+    mesh_axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
+    if used & set(mesh_axes):
+      raise UserError(
+        f"axes {tuple(names)} put mesh axis {sorted(used & set(mesh_axes))}"
+        f" twice on one array"
+      )
+    used |= set(mesh_axes)
+    entries.append(entry)
+  return PartitionSpec(*entries)
+
+
+def _fits(mesh: Mesh, entry: Any, size: int) -> bool:
+  names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+  return size % math.prod(mesh.shape[name] for name in names) == 0
+
+
+def param_shardings(axes_tree: Any, abstract_tree: Any, mesh: Mesh) -> Any:
+  """Sharding of every parameter.
+
+  A parameter whose axis the mesh axis does not divide stays whole along it.
+
+  Args:
+    axes_tree: tuples of axis names, as `model.param_axes()` gives them.
+    abstract_tree: the same tree of arrays or `jax.ShapeDtypeStruct`.
+    mesh: the device mesh.
+
+  Returns:
+    The same tree of `NamedSharding`.
+  """
+
+  def one(names: tuple[str, ...], array: Any) -> NamedSharding:
+    entries = spec(names)
+    return NamedSharding(
+      mesh,
+      PartitionSpec(
+        *(
+          entry if _fits(mesh, entry, size) else None
+          for entry, size in zip(entries, array.shape, strict=True)
+        )
+      ),
+    )
+
+  return jax.tree.map(
+    one, axes_tree, abstract_tree, is_leaf=lambda x: isinstance(x, tuple)
+  )
+
+
+def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
+  """Sharding of every array of a batch: rows and groups over the data axes.
+
+  Raises:
+    UserError: rows or groups that the data shards do not divide, with the
+      arithmetic.
+  """
+  shards = data_shards(mesh)
+  rows = batch.tokens.shape[0]
+  if rows % shards:
+    raise UserError(
+      f"{rows} rows a step cannot be split over {shards} data shards"
+      f" (data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}); set"
+      f" config.train.batch_size to a multiple of {shards}"
+    )
+  if batch.layout is not None and batch.layout.place.shape[0] % shards:
+    groups = batch.layout.place.shape[0]
+    raise UserError(
+      f"{rows} rows make {groups} groups of {rows // groups} rows, which cannot"
+      f" be split over {shards} data shards; set config.data.group_rows to a"
+      f" divisor of {rows // shards}"
+    )
+  first = NamedSharding(mesh, spec((axes.ACT_BATCH,)))
+  return jax.tree.map(lambda _: first, batch)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding that keeps a whole copy on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def data_shards(mesh: Mesh) -> int:
+  """Number of parts the batch is split into."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
+  """Pins an activation's sharding where a mesh is in scope; else the array.
+
+  Args:
+    x: an activation.
+    names: a name of `sharding.axes` for each leading axis; the rest is whole.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  names = (*names, *(None,) * (x.ndim - len(names)))
+  return jax.lax.with_sharding_constraint(x, spec(names))
+
+
+def in_mesh(mesh: Mesh):
+  """Context in which `constrain` acts; enter it inside the traced function."""
+  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)

@@ -1,0 +1,1 @@
+"""Kit for tests: random batches, causality by gradient, reference vectors."""

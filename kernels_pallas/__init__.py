@@ -1,0 +1,1 @@
+"""Operations with kernels: one folder each, behind one gate (`api.py`)."""

@@ -1,0 +1,5 @@
+"""Attention with one interval of visible keys per query."""
+
+from kernels_pallas.attention.api import attention
+
+__all__ = ["attention"]

@@ -1,0 +1,62 @@
+"""FLOPs and parameter formulas are held to what is compiled and counted."""
+
+import dataclasses
+
+import pytest
+
+from fusionlab.analysis import flops, parameters
+from fusionlab.analysis.devices import peak_flops
+from fusionlab.models.mixture_of_transformers import (
+  MixtureOfTransformersConfig,
+)
+
+
+@dataclasses.dataclass
+class _Device:
+  device_kind: str
+
+
+def test_flops_of_a_token_by_hand():
+  """Projections, half the scores, SwiGLU and head; training is 3x."""
+  config = MixtureOfTransformersConfig(
+    dim=8, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=10
+  )
+  layer = 2 * 8 * 8 + 2 * 2 * 8 * 4 + 2 * 8 * 8 + 4 * 5 * 8 + 2 * 3 * 8 * 10
+  expected = 2 * layer + 2 * 8 * 100
+  assert flops.forward_flops_per_token(config, 100, 10) == expected
+  assert flops.train_flops_per_token(config, 100, 10) == 3 * expected
+
+
+def test_flops_do_not_depend_on_towers():
+  """MoT costs a token what dense costs it."""
+  mot = MixtureOfTransformersConfig()
+  dense = dataclasses.replace(mot, untie="")
+  assert flops.forward_flops_per_token(
+    mot, 4096, 512
+  ) == flops.forward_flops_per_token(dense, 4096, 512)
+
+
+@pytest.mark.smoke
+def test_towers_split_the_total():
+  """Per-tower numbers add up; active is one tower and the shared rest."""
+  counts = parameters.count(MixtureOfTransformersConfig(), 4096)
+  assert sum(counts.per_tower.values()) == counts.total
+  assert counts.per_tower["text"] == counts.per_tower["image"]
+  assert counts.active == counts.total - counts.per_tower["image"]
+  assert counts.embedding == counts.per_tower["shared"] == 2 * 4096 * 192
+
+
+@pytest.mark.parametrize(
+  ("kind", "peak"),
+  [
+    ("NVIDIA H200", 989e12),
+    ("NVIDIA H100 80GB HBM3", 989e12),
+    ("NVIDIA H100 PCIe", 756e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5", 459e12),
+    ("cpu", None),
+  ],
+)
+def test_peaks_by_device_kind(kind, peak):
+  """The longest matching name counts; a CPU has none."""
+  assert peak_flops(_Device(kind)) == peak
