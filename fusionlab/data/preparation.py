@@ -1,0 +1,439 @@
+"""Tokenises a source once, into a TFDS dataset with its token counts beside it.
+
+`<cache>/prepared/<name>-<hash>/` holds the dataset (array_record, written and
+read without TensorFlow), `counts.npz` (the shapes of all records, so that
+planning reads none) and `manifest.json`, written last, which says what the
+folder was made from and holds its checksums. A preparation works in a folder of
+its own and moves it into place when it is whole: one that is killed leaves
+nothing that is believed, and of two at a time the first to finish is used.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import rich.progress
+import tensorflow_datasets as tfds
+
+from fusionlab.data.documents import Counts, Record
+from fusionlab.data.sources import Example, Source
+from fusionlab.data.sources.pictures import square
+from fusionlab.errors import UserError
+from fusionlab.tokenizers import Tokenizers
+
+FORMAT = 1
+EXAMPLES_AT_ONCE = 128
+MEMORY_BYTES = 256 * 2**20
+_RECORD_ARRAYS = ("part_modality", "part_alternatives", "lengths", "ids")
+_COUNTS_ARRAYS = ("parts", "part_modality", "part_alternatives", "lengths")
+
+
+class RecordDataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """The TFDS dataset of a prepared source: `fusionlab.data.documents.Record`.
+
+  Splits are the source's own. Integers are int32 and ragged; ids are in the
+  shared vocabulary.
+  """
+
+  VERSION = tfds.core.Version(f"{FORMAT}.0.0")
+  name = "records"
+
+  def __init__(self, *, folder: Path, splits: Sequence[str], **kwargs: Any):
+    """Prepares to write what was spooled to `folder/<split>.spool`."""
+    self._folder = folder
+    self._splits = splits
+    super().__init__(**kwargs)
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    features = {
+      name: tfds.features.Tensor(shape=(None,), dtype=np.int32)
+      for name in _RECORD_ARRAYS
+    }
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description="Tokenised examples of fusionlab.data.preparation.",
+      features=tfds.features.FeaturesDict(
+        {"key": tfds.features.Text(), **features}
+      ),
+      disable_shuffling=True,
+    )
+
+  def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+    return {split: self._generate_examples(split) for split in self._splits}
+
+  def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
+    with open(self._folder / f"{split}.spool", "rb") as spool:
+      for index in range(2**62):
+        try:
+          yield index, pickle.load(spool)
+        except EOFError:
+          return
+
+
+class Records:
+  """Random access to the records of one split.
+
+  A split of less than `MEMORY_BYTES` is kept in memory as it is read.
+  """
+
+  def __init__(self, folder: Path, split: str, size_bytes: int):
+    """Opens a split.
+
+    Args:
+      folder: the prepared folder.
+      split: its name.
+      size_bytes: bytes of all ids of the split.
+
+    Raises:
+      UserError: files that cannot be opened.
+    """
+    self._folder = folder
+    try:
+      builder: Any = tfds.builder_from_directory(_dataset_folder(folder))
+      self._source = builder.as_data_source(split)
+      self._length = len(self._source)
+    except Exception as error:  # array_record and TFDS raise kinds of their own
+      _damaged(folder, f"split {split!r} cannot be opened", error)
+    self._memory: dict[int, Record] | None = None
+    if size_bytes < MEMORY_BYTES:
+      self._memory = {}
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __getitem__(self, index: int) -> Record:
+    if self._memory is not None and index in self._memory:
+      return self._memory[index]
+    try:
+      fields = self._source[index]
+    except Exception as error:
+      _damaged(self._folder, f"record {index} cannot be read", error)
+    arrays = {name: fields[name] for name in _RECORD_ARRAYS}
+    record = Record(key=fields["key"].decode(), **arrays)
+    if self._memory is not None:
+      self._memory[index] = record
+    return record
+
+
+class Prepared:
+  """A prepared source: records at random and the counts of all of them.
+
+  Attributes:
+    folder: where it lies.
+    manifest: what `manifest.json` says.
+    splits: names of the splits, "train" first where there is one.
+  """
+
+  def __init__(self, folder: Path):
+    """Opens a prepared folder and checks it.
+
+    Raises:
+      UserError: a folder that is not whole, or is damaged.
+    """
+    self.folder = folder
+    self.manifest = _read_manifest(folder)
+    self.splits: tuple[str, ...] = tuple(self.manifest["splits"])
+    self._records: dict[str, Records] = {}
+    content = (folder / "counts.npz").read_bytes()
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+      self._counts = {
+        split: Counts(**{n: arrays[f"{split}/{n}"] for n in _COUNTS_ARRAYS})
+        for split in self.splits
+      }
+
+  def counts(self, split: str) -> Counts:
+    """The shapes of a split's records."""
+    return self._counts[split]
+
+  def records(self, split: str) -> Records:
+    """The records of a split, opened when first asked for."""
+    if split not in self._records:
+      size = 4 * int(self._counts[split].lengths.sum(dtype=np.int64))
+      self._records[split] = Records(self.folder, split, size)
+    return self._records[split]
+
+
+def prepare(
+  source: Source,
+  tokenizers: Tokenizers,
+  cache_dir: str | Path,
+  *,
+  name: str,
+) -> Prepared:
+  """Opens the prepared form of a source, making it first where it is missing.
+
+  Args:
+    source: where examples come from.
+    tokenizers: text and image tokenizers; their hash is part of the folder's.
+    cache_dir: root of all prepared datasets.
+    name: the source's name in the config.
+
+  Raises:
+    UserError: an example the tokenizers cannot take, a source without
+      examples, a cache that cannot be written, or a prepared folder that was
+      damaged.
+  """
+  origin = {
+    "format": FORMAT,
+    "source": name,
+    "fingerprint": source.fingerprint(),
+    "tokenizers": tokenizers.hash,
+  }
+  digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode())
+  root = Path(cache_dir) / "prepared"
+  folder = root / f"{name}-{digest.hexdigest()[:12]}"
+  if not folder.exists():
+    try:
+      root.mkdir(parents=True, exist_ok=True)
+      work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=root))
+    except OSError as error:
+      raise UserError(
+        f"cannot write to the cache {root} ({error.strerror}); set"
+        f" config.data.cache_dir or FUSIONLAB_CACHE to a folder of yours"
+      ) from error
+    try:
+      _write(name, source, tokenizers, origin, work)
+      # Fails where another process finished first; its folder is as good.
+      with contextlib.suppress(OSError):
+        work.rename(folder)
+    finally:
+      shutil.rmtree(work, ignore_errors=True)
+  prepared = Prepared(folder)
+  for key, value in origin.items():
+    if prepared.manifest[key] != value:
+      _damaged(folder, f"its manifest has another {key}")
+  return prepared
+
+
+def _write(
+  name: str,
+  source: Source,
+  tokenizers: Tokenizers,
+  origin: dict,
+  folder: Path,
+) -> None:
+  """Fills `folder` with dataset, counts and, last, the manifest."""
+  counts: dict[str, dict[str, list]] = {}
+  keys: set[str] = set()
+  with contextlib.ExitStack() as stack:
+    spools: dict[str, Any] = {}
+    progress = stack.enter_context(
+      rich.progress.Progress(
+        *rich.progress.Progress.get_default_columns(), transient=True
+      )
+    )
+    task = progress.add_task(f"preparing {name}", total=len(source))
+    for batch in _batches(source.examples()):
+      tokenised = _tokenise(batch, tokenizers, name)
+      for example, record in zip(batch, tokenised, strict=True):
+        split = example.split
+        if (key := f"{split}/{example.key}") in keys:
+          raise UserError(
+            f"source {name!r} has two examples with the key"
+            f" {example.key!r} in split {split!r}; keys must be unique"
+          )
+        keys.add(key)
+        if split not in spools:
+          spools[split] = stack.enter_context(
+            open(folder / f"{split}.spool", "wb")
+          )
+          counts[split] = {array: [] for array in _COUNTS_ARRAYS}
+        pickle.dump(record, spools[split])
+        counts[split]["parts"].append(np.array([len(record["part_modality"])]))
+        for array in _COUNTS_ARRAYS[1:]:
+          counts[split][array].append(record[array])
+      progress.advance(task, len(batch))
+  if not counts:
+    raise UserError(
+      f"source {name!r} has no examples; look at its path and kind"
+    )
+  splits = sorted(counts, key=lambda s: (s != "train", s))
+  builder = RecordDataset(
+    folder=folder,
+    splits=splits,
+    data_dir=str(folder / "dataset"),
+    file_format="array_record",
+  )
+  tfds.disable_progress_bar()
+  with contextlib.redirect_stdout(io.StringIO()):
+    builder.download_and_prepare(
+      download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+    )
+  shutil.rmtree(folder / "dataset" / "downloads", ignore_errors=True)
+  for split in splits:
+    (folder / f"{split}.spool").unlink()
+  arrays = {
+    f"{split}/{array}": np.concatenate(counts[split][array]).astype(np.int32)
+    for split in splits
+    for array in _COUNTS_ARRAYS
+  }
+  np.savez(folder / "counts.npz", **arrays)  # type: ignore[arg-type]
+  _write_manifest(folder, origin, splits, arrays, tokenizers)
+
+
+def _batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
+  """Lists of `EXAMPLES_AT_ONCE` consecutive examples; the last may be shorter."""
+  batch: list[Example] = []
+  for example in examples:
+    batch.append(example)
+    if len(batch) == EXAMPLES_AT_ONCE:
+      yield batch
+      batch = []
+  if batch:
+    yield batch
+
+
+def _tokenise(
+  batch: Sequence[Example], tokenizers: Tokenizers, source: str
+) -> list[dict[str, Any]]:
+  """Turns examples into records' fields; texts and pictures in one call each."""
+  vocabulary = tokenizers.vocabulary
+  size = tokenizers.image.image_size
+  parts = [(e, part) for e in batch for part in e.parts]
+  for example, part in parts:
+    if part.modality not in ("text", "image"):
+      raise UserError(
+        f"source {source!r}, example {example.key!r}: no tokenizer for the"
+        f" modality {part.modality!r} (allowed: text, image)"
+      )
+  texts = [t for _, p in parts for t in p.alternatives if isinstance(t, str)]
+  pictures = [
+    square(a, size)
+    for _, p in parts
+    for a in p.alternatives
+    if isinstance(a, np.ndarray)
+  ]
+  text_ids = iter(tokenizers.text.encode_batch(texts) if texts else ())
+  image_ids = iter(
+    tokenizers.image.encode(np.stack(pictures)) if pictures else ()
+  )
+  records = []
+  for example in batch:
+    ids = []
+    for part in example.parts:
+      offset = vocabulary.offset(vocabulary.index(part.modality))
+      source_ids = text_ids if part.modality == "text" else image_ids
+      for _ in part.alternatives:
+        ids.append(np.asarray(next(source_ids), np.int32) + np.int32(offset))
+    records.append(
+      {
+        "key": example.key,
+        "part_modality": np.array(
+          [vocabulary.index(p.modality) for p in example.parts], np.int32
+        ),
+        "part_alternatives": np.array(
+          [len(p.alternatives) for p in example.parts], np.int32
+        ),
+        "lengths": np.array([len(i) for i in ids], np.int32),
+        "ids": np.concatenate([np.zeros(0, np.int32), *ids]),
+      }
+    )
+  return records
+
+
+def _write_manifest(
+  folder: Path,
+  origin: dict,
+  splits: Sequence[str],
+  arrays: dict[str, np.ndarray],
+  tokenizers: Tokenizers,
+) -> None:
+  """Writes what the folder was made from, its totals and its checksums."""
+  files = sorted(p for p in folder.rglob("*") if p.is_file())
+  totals = {}
+  for split in splits:
+    counts = Counts(**{n: arrays[f"{split}/{n}"] for n in _COUNTS_ARRAYS})
+    modality = np.repeat(counts.part_modality, counts.part_alternatives)
+    tokens = np.bincount(
+      modality, counts.lengths, len(tokenizers.vocabulary.modalities)
+    )
+    totals[split] = {
+      "records": len(counts),
+      "tokens_of_all_alternatives": {
+        name: int(n)
+        for name, n in zip(
+          tokenizers.vocabulary.modalities, tokens, strict=True
+        )
+      },
+    }
+  manifest = {
+    **origin,
+    "splits": totals,
+    "versions": {
+      name: metadata.version(name)
+      for name in ("tensorflow-datasets", "array-record", "numpy")
+    },
+    "files": {
+      p.relative_to(folder).as_posix(): {
+        "bytes": p.stat().st_size,
+        "sha256": _sha256(p),
+      }
+      for p in files
+    },
+  }
+  manifest["checksum"] = _checksum(manifest)
+  text = json.dumps(manifest, indent=2, sort_keys=False) + "\n"
+  (folder / "manifest.json").write_text(text, encoding="utf-8")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+  """Reads `manifest.json` and holds the folder's files to it.
+
+  Sizes of all files are checked, and the content of all but the records, whose
+  blocks array_record checks as they are read.
+  """
+  try:
+    content = (folder / "manifest.json").read_text(encoding="utf-8")
+    manifest = json.loads(content)
+    expected = manifest.pop("checksum")
+    if _checksum(manifest) != expected:
+      _damaged(folder, "manifest.json does not have its checksum")
+  except (OSError, ValueError, KeyError, AttributeError) as error:
+    _damaged(folder, "manifest.json cannot be read", error)
+  for name, file in manifest["files"].items():
+    path = folder / name
+    if not path.is_file():
+      _damaged(folder, f"{name} is missing")
+    if path.stat().st_size != file["bytes"]:
+      _damaged(folder, f"{name} does not have its {file['bytes']} bytes")
+    if "array_record" in name:
+      continue
+    if _sha256(path) != file["sha256"]:
+      _damaged(folder, f"{name} does not have its checksum")
+  return manifest
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+  canonical = json.dumps(manifest, sort_keys=True)
+  return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _dataset_folder(folder: Path) -> str:
+  return os.path.join(
+    folder, "dataset", RecordDataset.name, str(RecordDataset.VERSION)
+  )
+
+
+def _damaged(
+  folder: Path, what: str, error: Exception | None = None
+) -> NoReturn:
+  reason = f" ({' '.join(str(error).split())[:200]})" if error else ""
+  raise UserError(
+    f"the prepared dataset {folder} is damaged: {what}{reason}; delete that"
+    f" folder and it will be prepared again"
+  ) from error
