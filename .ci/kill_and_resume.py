@@ -1,0 +1,83 @@
+"""Trains the tiny config, kills it with SIGKILL, resumes, compares the losses.
+
+Every training loss of the interrupted run must equal the uninterrupted run's, to
+the last bit of what metrics.csv holds.
+"""
+
+import csv
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+KILL_AFTER, LAST_STEP, TIMEOUT = 9, 14, 600
+
+
+def command(workdir: pathlib.Path) -> list[str]:
+  """The command line of one run."""
+  return [
+    sys.executable,
+    "-m",
+    "experiments.run",
+    "--config=configs/mot_chameleon.py",
+    f"--workdir={workdir}",
+    "--config.train.log_every=1",
+    "--config.train.eval_every=0",
+    "--config.train.checkpoint_every=4",
+  ]
+
+
+def losses(workdir: pathlib.Path) -> dict[int, dict[str, str]]:
+  """Training losses by step, as text."""
+  path = workdir / "metrics.csv"
+  if not path.exists():
+    return {}
+  with path.open(newline="", encoding="utf-8") as file:
+    return {
+      int(row["step"]): {k: v for k, v in row.items() if "train/loss" in k}
+      for row in csv.DictReader(file)
+      if row["step"].isdigit() and row.get("train/loss/text")
+    }
+
+
+def train_until(workdir: pathlib.Path, step: int) -> None:
+  """Trains until the loss of `step` is on disk, then kills without mercy."""
+  process = subprocess.Popen(command(workdir))
+  deadline = time.monotonic() + TIMEOUT
+  try:
+    while max(losses(workdir), default=0) < step:
+      if process.poll() is not None:
+        sys.exit(f"error: the run ended before step {step}")
+      if time.monotonic() > deadline:
+        sys.exit(f"error: step {step} was not reached in {TIMEOUT} s")
+      time.sleep(0.02)
+  finally:
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+  print(f"killed after step {max(losses(workdir))}", flush=True)
+
+
+def main() -> int:
+  """Returns 0 where the losses agree."""
+  with tempfile.TemporaryDirectory() as folder:
+    whole = pathlib.Path(folder) / "whole"
+    killed = pathlib.Path(folder) / "killed"
+    train_until(whole, LAST_STEP)
+    train_until(killed, KILL_AFTER)
+    train_until(killed, LAST_STEP)
+    expected, found = losses(whole), losses(killed)
+  differing = [
+    step
+    for step in range(1, LAST_STEP + 1)
+    if step not in expected or expected[step] != found.get(step)
+  ]
+  for step in differing:
+    print(f"step {step}: {expected.get(step)} became {found.get(step)}")
+  print(f"{LAST_STEP - len(differing)} of {LAST_STEP} steps agree")
+  return 1 if differing else 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

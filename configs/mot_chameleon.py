@@ -1,0 +1,113 @@
+r"""Mixture-of-Transformers in the Chameleon setting (text and VQ image codes).
+
+Paper: Liang et al., "Mixture-of-Transformers" (arXiv 2411.04996), section 3.2;
+sizes, batch and steps from Tables 1, 3 and 4. Its comparison is Figures 5 and 6:
+steps to equal loss of MoT against the dense model at equal FLOPs per step.
+
+  python -m experiments.run --config=configs/mot_chameleon.py
+  python -m experiments.run --config=configs/mot_chameleon.py:7b --mode=summary
+  python -m experiments.run --config=configs/mot_chameleon.py \
+      --config.model.untie='' --workdir=runs/dense          # the dense control
+
+`tiny` (default): OpenMoji pictures in two styles with their names, flags with
+facts, World Factbook passages; 2 CPU cores, 8 minutes at most
+(`config.train.max_seconds`), no network.
+
+The paper's sizes (37m 94m 443m 880m 1.5b 7b; `1_5b` is the same as `1.5b`) keep
+its rows of 4,096 tokens, batch, steps and 65,536 ids. The paper does not state
+the learning rate of this setting; MoMa (arXiv 2407.21770), by the same group on
+the same data, does: 1e-4 falling linearly to 1e-6 after 4,000 warm-up steps. The
+paper's data is not public: bring your own by `config.data.sources` (BUILD.md).
+
+What differs from the paper: the data, and at `tiny` the size, the vocabulary
+(4,096 ids), rows of 512 tokens and the schedule.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from fusionlab.config import to_mapping
+from fusionlab.data.config import DataConfig, SourceConfig
+from fusionlab.errors import UserError, nearest
+from fusionlab.experiment import Experiment
+from fusionlab.models.mixture_of_transformers import (
+  SIZES,
+  MixtureOfTransformersConfig,
+)
+from fusionlab.sharding.mesh import MeshConfig
+from fusionlab.train.config import OptimizerConfig, TrainConfig
+
+# An epoch passes twice over the pictures and half-way over the passages: about
+# as many image codes as text tokens, as the paper has it.
+_SOURCES = {
+  "openmoji": SourceConfig(kind="openmoji", weight=2.0),
+  "flags": SourceConfig(kind="flags", weight=1.0),
+  "factbook": SourceConfig(kind="factbook", weight=0.5),
+}
+
+
+def get_config(size: str = "tiny") -> ConfigDict:
+  """Returns the experiment at one size, with every key.
+
+  Args:
+    size: `tiny` or a size of the paper.
+
+  Raises:
+    UserError: an unknown size, with the nearest.
+  """
+  size = size.replace("_", ".")
+  if size not in ("tiny", *SIZES):
+    raise UserError(
+      f"unknown size {size!r} of mot_chameleon{nearest(size, ('tiny', *SIZES))}"
+    )
+  experiment = _tiny() if size == "tiny" else _paper(size)
+  return ConfigDict(to_mapping(experiment))
+
+
+def _tiny() -> Experiment:
+  return Experiment(
+    model=MixtureOfTransformersConfig(dim=192, num_layers=4, num_heads=6),
+    data=DataConfig(sources=_SOURCES, row_length=512),
+    optimizer=OptimizerConfig(
+      learning_rate=3e-3,
+      schedule="cosine",
+      warmup_steps=50,
+      stable_fraction=0.3,
+      final_fraction=0.02,
+      b2=0.98,
+    ),
+    train=TrainConfig(batch_size=8, num_steps=1500, max_seconds=480.0),
+  )
+
+
+def _paper(name: str) -> Experiment:
+  size = SIZES[name]
+  # From 443M on, the activations of 4,096-token rows outgrow the weights.
+  large = size.num_layers >= 24
+  model: dict[str, Any] = {
+    "dim": size.dim,
+    "num_layers": size.num_layers,
+    "num_heads": size.num_heads,
+    "vocab_size": 65_536,
+    "remat": "full" if large else "none",
+  }
+  return Experiment(
+    model=MixtureOfTransformersConfig(**model),
+    data=DataConfig(sources=_SOURCES, row_length=4096),
+    optimizer=OptimizerConfig(
+      learning_rate=1e-4,
+      schedule="linear",
+      warmup_steps=4000,
+      final_fraction=0.01,
+      b2=0.95,
+      eps=1e-5,
+    ),
+    train=TrainConfig(
+      batch_size=size.batch_rows,
+      num_steps=size.num_steps,
+      eval_every=1000,
+      checkpoint_every=1000,
+    ),
+    mesh=MeshConfig(preset="gpu"),
+  )

@@ -1,0 +1,1 @@
+"""Programs that use the library; `experiments.run` is the command line."""

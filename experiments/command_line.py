@@ -1,0 +1,255 @@
+"""What the user typed becomes a validated `Experiment`, or one line of advice.
+
+`ml_collections.config_flags` reads `--config=FILE[:ARGUMENT]` and overrides such
+as `--config.model.dim=256`. Its own messages name neither the key's neighbours
+nor its type, so keys are checked here before it sees them and its type errors
+are said again in full.
+"""
+
+import dataclasses
+import difflib
+import glob
+import inspect
+import os
+import re
+import runpy
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+from fusionlab.config import flatten, to_mapping
+from fusionlab.errors import ConfigError, UserError, nearest
+
+if TYPE_CHECKING:
+  from fusionlab.experiment import Experiment
+
+MODES = ("train", "evaluate", "summary")
+_EXAMPLE = "--config=configs/mot_chameleon.py"
+_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
+_ILLEGAL = re.compile(r"flag --config\.([\w.]+)=(.*?): ", re.DOTALL)
+_TYPES = {
+  int: "an integer",
+  float: "a number",
+  bool: "true or false",
+  tuple: "values with commas between them",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """A command line that was understood.
+
+  Attributes:
+    mode: one of `MODES`.
+    workdir: folder of the run.
+    experiment: the configuration; None for `--mode=evaluate` of a workdir
+      without `--config`.
+  """
+
+  mode: str
+  workdir: str
+  experiment: "Experiment | None"
+
+
+def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
+  """Declares the command line's flags in `values`.
+
+  Args:
+    values: where the flags live.
+    argv: the whole command line; config_flags takes the overrides from it.
+  """
+  config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "the experiment: a file of configs/, with ':SIZE' for another size",
+    flag_values=values,
+    sys_argv=list(argv),
+  )
+  values["config"].parser = _ConfigFile(argv)
+  flags.DEFINE_string(
+    "workdir",
+    None,
+    "folder of the run (default runs/<config>); the same one again resumes",
+    flag_values=values,
+  )
+  flags.DEFINE_string("mode", "train", " | ".join(MODES), flag_values=values)
+  flags.DEFINE_bool(
+    "debug", False, "show the traceback of an error", flag_values=values
+  )
+
+
+def parse(values: flags.FlagValues, argv: Sequence[str]) -> Options:
+  """Reads a command line.
+
+  Args:
+    values: the flags, as `define_flags` declared them.
+    argv: the program's name and its arguments.
+
+  Raises:
+    UserError: anything misspelt, ill-typed, out of range or missing.
+  """
+  try:
+    rest = values(list(argv))[1:]
+  except flags.UnrecognizedFlagError as error:
+    if error.flagname.startswith("config."):
+      raise UserError(
+        f"--{error.flagname} changes a config, but none is given; add {_EXAMPLE}"
+      ) from error
+    raise UserError(str(error)) from error
+  except flags.IllegalFlagValueError as error:
+    raise UserError(_explain_type(str(error), values)) from error
+  except flags.Error as error:
+    raise UserError(str(error)) from error
+  except SyntaxError as error:
+    # From config_flags' literal_eval of a tuple's text.
+    raise UserError(
+      f"a sequence cannot be read: {error.text!r}; write {_TYPES[tuple]}"
+    ) from error
+  if rest:
+    raise UserError(
+      f"{rest[0]!r} is not a flag; a config is given as {_EXAMPLE}"
+    )
+  mode = str(values["mode"].value)
+  workdir = str(values["workdir"].value or "")
+  config = None
+  if mode not in MODES:
+    raise UserError(f"unknown mode --mode={mode}{nearest(mode, MODES)}")
+  parser = values["config"].parser
+  if isinstance(parser, _ConfigFile) and values["config"].value is not None:
+    from fusionlab.experiment import Experiment
+
+    config = Experiment.from_mapping(values["config"].value.to_dict())
+    workdir = workdir or os.path.join("runs", parser.run_name)
+  elif mode != "evaluate":
+    raise UserError(f"--config is missing; try {_EXAMPLE}")
+  elif not workdir:
+    raise UserError("--mode=evaluate needs the --workdir of a run")
+  return Options(mode=mode, workdir=workdir, experiment=config)
+
+
+class _ConfigFile(flags.ArgumentParser):
+  """Loads the file that `--config` names and checks the keys of overrides."""
+
+  def __init__(self, argv: Sequence[str]):
+    super().__init__()
+    self.overrides = _overrides(argv)
+    self.run_name = ""
+
+  def parse(self, argument: str) -> config_dict.ConfigDict:
+    file, _, size = argument.partition(":")
+    mapping = load_config(file, size)
+    self.run_name = os.path.splitext(os.path.basename(file))[0]
+    self.run_name += f"_{size}" if size else ""
+    from fusionlab.experiment import Experiment
+
+    # A `kind` decides which keys its section has, and one under a new name adds
+    # a source: both must stand before the other keys are looked at.
+    for key, value in self.overrides.items():
+      if value and re.fullmatch(
+        r"(model|objective|data\.sources\.\w+)\.kind", key
+      ):
+        *sections, last = key.split(".")
+        node = mapping
+        for section in sections:
+          node = node.setdefault(section, {})
+        node[last] = value
+    full = to_mapping(Experiment.from_mapping(mapping))
+    for key in self.overrides:
+      _check_key(full, key)
+    return config_dict.ConfigDict(full).lock()
+
+
+def load_config(file: str, argument: str = "") -> dict[str, Any]:
+  """Runs a config file's `get_config` and returns the plain mapping.
+
+  Args:
+    file: path of a Python file.
+    argument: what stood behind the colon; '' calls `get_config()`.
+
+  Raises:
+    UserError: no such file (with the nearest), one that cannot be run or has no
+      `get_config`, or an argument that it does not take.
+  """
+  if not os.path.isfile(file):
+    folder = os.path.dirname(file) or "."
+    found = {*glob.glob(f"{folder}/*.py"), *glob.glob("configs/*.py")}
+    found = {f for f in found if not f.endswith("__init__.py")}
+    raise UserError(f"no config file {file!r}{nearest(file, found)}")
+  try:
+    get_config = runpy.run_path(file).get("get_config")
+    if get_config is None:
+      raise UserError(f"{file} has no function get_config(); see configs/")
+    if argument and not inspect.signature(get_config).parameters:
+      raise UserError(f"{file} takes no argument, got ':{argument}'")
+    config = get_config(argument) if argument else get_config()
+  except (UserError, ImportError):
+    raise
+  except Exception as error:
+    reason = f"{type(error).__name__}: {error}"
+    raise UserError(f"{file} cannot be run: {reason}") from error
+  if isinstance(config, config_dict.ConfigDict):
+    config = config.to_dict()
+  if not isinstance(config, Mapping):
+    raise UserError(f"get_config() of {file} must return a ConfigDict")
+  return dict(config)
+
+
+def _overrides(argv: Sequence[str]) -> dict[str, str | None]:
+  """Keys after `--config.`, with their text (None where it cannot be told)."""
+  found = {}
+  for i, word in enumerate(argv):
+    if word == "--":
+      break
+    if match := _OVERRIDE.fullmatch(word):
+      key, value = match.groups()
+      following = argv[i + 1] if i + 1 < len(argv) else None
+      found[key] = following if value is None else value
+  return found
+
+
+def _check_key(config: Mapping[str, Any], key: str) -> None:
+  """Raises ConfigError unless `key` names one value of `config`."""
+  node, path = config, "config"
+  for part in key.split("."):
+    if not isinstance(node, Mapping):
+      raise ConfigError(f"{path} is one value; it has no key {part!r}")
+    if part not in node:
+      raise ConfigError(
+        f"unknown key {path}.{part}{_suggest(config, node, path, part)}"
+      )
+    node, path = node[part], f"{path}.{part}"
+  if isinstance(node, Mapping):
+    first = next(iter(flatten(node, f"{path}.")), f"{path}.NAME")
+    raise ConfigError(f"{path} is a section; set a key of it, e.g. --{first}=…")
+
+
+def _suggest(
+  config: Mapping[str, Any], node: Mapping[str, Any], path: str, part: str
+) -> str:
+  """Nearest key of the same section, else of another one."""
+  if path == "config.data.sources":
+    add = f"; --{path}.{part}.kind=image_folder would add a source of that name"
+    return nearest(part, node).rstrip("?") + add
+  if difflib.get_close_matches(part, node, cutoff=0.5):
+    return nearest(part, node)
+  names = flatten(config, "config.")
+  leaves = {name.rsplit(".", 1)[-1] for name in names}
+  close = difflib.get_close_matches(part, leaves, n=1, cutoff=0.8)
+  elsewhere = [n for n in names if close and n.endswith(f".{close[0]}")]
+  if elsewhere:
+    return f", did you mean {elsewhere[0]!r}?"
+  return nearest(part, node)
+
+
+def _explain_type(message: str, values: flags.FlagValues) -> str:
+  """Says absl's error about an ill-typed override with the key's type."""
+  match = _ILLEGAL.match(message)
+  if match is None:
+    return message
+  key, text = match.groups()
+  flag = values[f"config.{key}"]
+  # A tuple's flag may be given many times, so absl keeps its values in a list.
+  expected = tuple if isinstance(flag.default, list) else type(flag.default)
+  return f"config.{key}={text!r} must be {_TYPES[expected]}"

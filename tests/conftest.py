@@ -1,0 +1,52 @@
+"""What every test runs under: 8 CPU devices, and types checked at each call."""
+
+import os
+
+# Before jax is imported by anything.
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jaxtyping
+
+import tests.typecheck  # noqa: F401  (the hook looks it up by name)
+
+jaxtyping.install_import_hook(
+  ["fusionlab", "kernels_pallas"], "tests.typecheck.check"
+)
+
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def root() -> pathlib.Path:
+  """The repository."""
+  return ROOT
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(
+  tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+  """Keeps prepared data and compiled programs out of the user's cache.
+
+  One folder for the whole session: what one test prepared serves the next.
+  """
+  cache = tmp_path_factory.getbasetemp() / "cache"
+  monkeypatch.setenv("FUSIONLAB_CACHE", str(cache))
+  yield
+
+
+@pytest.fixture
+def cache_dir(tmp_path: pathlib.Path) -> pathlib.Path:
+  """An empty folder for prepared data."""
+  folder = tmp_path / "cache"
+  folder.mkdir()
+  return folder

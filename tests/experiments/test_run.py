@@ -1,0 +1,269 @@
+"""The command line: every mistake is one line that says what to do."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+from absl import flags
+
+from experiments import run
+from experiments.command_line import define_flags, load_config, parse
+from fusionlab.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[2]
+MOT = "--config=configs/mot_chameleon.py"
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch):
+  monkeypatch.chdir(ROOT)
+
+
+def options(*words: str):
+  argv = ["run", *words]
+  values = flags.FlagValues()
+  define_flags(values, argv)
+  return parse(values, argv)
+
+
+def mistake(*words: str) -> str:
+  with pytest.raises(UserError) as caught:
+    options(*words)
+  assert "\n" not in str(caught.value)
+  return str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    ([], ["--config is missing", MOT]),
+    (["configs/mot_chameleon.py"], ["not a flag", "--config="]),
+    (["--config=configs/mot_chamelon.py"], ["'configs/mot_chameleon.py'"]),
+    (["--config=mot_chameleon"], ["'configs/mot_chameleon.py'"]),
+    ([f"{MOT}:7bb"], ["size '7bb'", "'7b'"]),
+    ([MOT, "--mode=trian"], ["--mode=trian", "'train'"]),
+    ([MOT, "--wrkdir=x"], ["wrkdir", "workdir"]),
+    (["--mode=evaluate"], ["--workdir"]),
+    (["--config.model.dim=3"], ["none is given", MOT]),
+    (["--config.model.dim=3", MOT], ["before"]),
+    ([MOT, "--config.model.dmi=3"], ["config.model.dmi", "'dim'"]),
+    ([MOT, "--config.model.dmi", "3"], ["config.model.dmi", "'dim'"]),
+    ([MOT, "--config.modle.dim=3"], ["config.modle", "'model'"]),
+    ([MOT, "--config.batch_size=3"], ["'config.train.batch_size'"]),
+    ([MOT, "--config.model=3"], ["config.model is a section"]),
+    ([MOT, "--config.model.dim.x=3"], ["config.model.dim is one value"]),
+    ([MOT, "--config.train.seed=a"], ["config.train.seed='a'", "an integer"]),
+    ([MOT, "--config.train.seed=1.5"], ["config.train.seed", "an integer"]),
+    (
+      [MOT, "--config.optimizer.learning_rate=fast"],
+      ["config.optimizer.learning_rate='fast'", "a number"],
+    ),
+    ([MOT, "--config.train.compile_cache=maybe"], ["true or false"]),
+    ([MOT, "--config.model.towers=0 1"], ["config.model.towers", "commas"]),
+    ([MOT, "--config.model.towers=0,a"], ["config.model.towers"]),
+    ([MOT, "--config.train.batch_size=0"], ["at least 1"]),
+    ([MOT, "--config.data.image_first=1.5"], ["at most 1.0"]),
+    ([MOT, "--config.model.norm_placement=post"], ["norm_placement='post'"]),
+    ([MOT, "--config.mesh.preset=gpux"], ["mesh.preset='gpux'", "'gpu'"]),
+    ([MOT, "--config.model.kind=transformr"], ["'transformer'"]),
+    ([MOT, "--config.model.untie=qq"], ["config.model.untie", "'q'"]),
+    (
+      [MOT, "--config.data.sources.openmojii.weight=1"],
+      ["'openmoji'", "openmojii.kind="],
+    ),
+    (
+      [
+        MOT,
+        "--config.data.sources.mine.kind=jsonl",
+        "--config.data.sources.mine.paht=x",
+      ],
+      ["config.data.sources.mine.paht", "'path'"],
+    ),
+  ],
+)
+def test_a_mistake_is_one_line_with_the_nearest_name(words, said):
+  message = mistake(*words)
+  for part in said:
+    assert part in message
+
+
+@pytest.mark.smoke
+def test_overrides_reach_the_experiment():
+  found = options(
+    MOT,
+    "--config.model.dim=96",
+    "--config.model.towers=0,0",
+    "--config.model.untie=",
+    "--config.optimizer.learning_rate",
+    "1",
+    "--noconfig.train.compile_cache",
+    "--config.mesh.fsdp=2",
+    "--config.data.sources.flags.weight=0",
+  )
+  config = found.experiment
+  assert (found.mode, found.workdir) == ("train", "runs/mot_chameleon")
+  assert config.model.dim == 96
+  assert config.model.towers == (0, 0)
+  assert config.model.untie == ""
+  assert config.optimizer.learning_rate == 1.0
+  assert config.train.compile_cache is False
+  assert config.mesh.fsdp == 2
+  assert config.data.sources["flags"].weight == 0.0
+
+
+def test_the_size_is_part_of_the_run_name():
+  assert options(f"{MOT}:1_5b").workdir == "runs/mot_chameleon_1_5b"
+  assert options(f"{MOT}:1_5b").experiment.model.dim == 2048
+  assert options(MOT, "--workdir=here").workdir == "here"
+
+
+def test_a_source_is_added_by_its_kind():
+  config = options(
+    MOT,
+    "--config.data.sources.mine.kind=image_folder",
+    "--config.data.sources.mine.path=pictures",
+  ).experiment
+  assert config.data.sources["mine"].path == "pictures"
+  assert config.data.sources["mine"].weight == 1.0
+  assert "openmoji" in config.data.sources
+
+
+def test_another_model_kind_brings_its_own_defaults():
+  config = options(MOT, "--config.model.kind=transformer").experiment
+  assert type(config.model).__name__ == "TransformerConfig"
+
+
+def test_evaluate_needs_only_a_workdir():
+  found = options("--mode=evaluate", "--workdir=runs/a")
+  assert found.experiment is None
+
+
+def test_a_config_file_may_leave_keys_out(tmp_path):
+  file = tmp_path / "mine.py"
+  file.write_text(
+    "def get_config():\n"
+    "  return {'data': {'sources': {'a': {'kind': 'jsonl'}}}}\n"
+  )
+  config = options(f"--config={file}", "--config.train.seed=5").experiment
+  assert config.train.seed == 5
+
+
+@pytest.mark.parametrize(
+  ("text", "said"),
+  [
+    ("get_config = (", "SyntaxError"),
+    ("x = 1", "no function get_config"),
+    ("def get_config(): return 3", "must return a ConfigDict"),
+    ("def get_config(): return 1 / 0", "ZeroDivisionError"),
+    ("def get_config(): return {'modle': {}}", "'model'"),
+  ],
+)
+def test_a_broken_config_file_is_one_line(tmp_path, text, said):
+  file = tmp_path / "mine.py"
+  file.write_text(text)
+  message = mistake(f"--config={file}")
+  assert said in message
+
+
+def test_a_config_without_an_argument_refuses_one(tmp_path):
+  file = tmp_path / "mine.py"
+  file.write_text("def get_config(): return {}")
+  with pytest.raises(UserError, match="takes no argument, got ':7b'"):
+    load_config(str(file), "7b")
+
+
+def failing(error: BaseException):
+  def work() -> int:
+    raise error
+
+  return work
+
+
+@pytest.mark.parametrize(
+  ("error", "code", "said"),
+  [
+    (UserError("two\nlines"), 2, "error: two lines\n"),
+    (
+      ModuleNotFoundError("No module named 'tokamax'", name="tokamax"),
+      2,
+      "error: the package 'tokamax' is missing; install it with"
+      " `pip install -e '.[kernels]'` in the repository\n",
+    ),
+    (
+      ModuleNotFoundError("No module named 'emoji'", name="emoji.core"),
+      2,
+      "error: the package 'emoji' is missing; install it with"
+      " `pip install -e '.[data]'` in the repository\n",
+    ),
+    (
+      PermissionError(13, "Permission denied", "runs/x"),
+      2,
+      "error: runs/x: Permission denied\n",
+    ),
+    (
+      KeyboardInterrupt(),
+      130,
+      "interrupted; the same command goes on from here\n",
+    ),
+  ],
+)
+def test_what_a_user_can_mend_is_one_line(capsys, error, code, said):
+  assert run.guarded(failing(error)) == code
+  captured = capsys.readouterr()
+  assert (captured.out, captured.err) == ("", said)
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    ZeroDivisionError("a bug"),
+    ModuleNotFoundError("No module named 'fusionlab.x'", name="fusionlab.x"),
+  ],
+)
+def test_a_bug_keeps_its_traceback(error):
+  with pytest.raises(type(error)):
+    run.guarded(failing(error))
+
+
+def test_debug_shows_the_traceback():
+  with pytest.raises(UserError):
+    run.guarded(failing(UserError("x")), debug=True)
+
+
+def command(*words: str) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    [sys.executable, "-m", "experiments.run", *words],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    env={**os.environ, "XLA_FLAGS": ""},
+    timeout=120,
+    check=False,
+  )
+
+
+@pytest.mark.smoke
+def test_the_process_exits_with_2_and_one_line():
+  start = time.monotonic()
+  done = command(MOT, "--config.model.dmi=3")
+  assert done.returncode == 2
+  assert done.stdout == ""
+  assert done.stderr.startswith("error: unknown key config.model.dmi")
+  assert len(done.stderr.splitlines()) == 1
+  assert time.monotonic() - start < 60
+
+
+def test_the_process_shows_a_traceback_with_debug():
+  done = command(MOT, "--debug", "--config.model.dmi=3")
+  assert done.returncode != 0
+  assert "Traceback" in done.stderr
+  assert "ConfigError" in done.stderr
+
+
+def test_summary_of_a_large_size_runs_where_it_could_not_train():
+  done = command(f"{MOT}:7b", "--mode=summary")
+  assert done.returncode == 0, done.stderr
+  assert "13,489,430,528" in done.stdout or "13.49" in done.stdout
