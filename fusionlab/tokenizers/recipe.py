@@ -1,0 +1,113 @@
+"""What a tokenizer is made from: the settings and the sources' train split."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import UInt8
+from rich import progress
+
+from fusionlab.config import option
+from fusionlab.data.config import SourceConfig
+from fusionlab.data.sources import Example, load_source
+from fusionlab.errors import ConfigError, UserError
+from fusionlab.tokenizers.autoencoder import ImageConfig
+from fusionlab.tokenizers.image_training import ImageTrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+  """`config.text`: the byte-pair encoding."""
+
+  vocab_size: int = option(
+    3584, "ids, of which 5 are special and 256 bytes", minimum=261
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """What `configs/vq_openmoji.py` describes."""
+
+  sources: dict[str, SourceConfig] = option(
+    dict, "what to learn from, by name; weights do not matter here"
+  )
+  text: TextConfig = option(TextConfig, "the text tokenizer")
+  image: ImageConfig = option(ImageConfig, "sizes of the picture tokenizer")
+  image_train: ImageTrainConfig = option(
+    ImageTrainConfig, "training of the picture tokenizer"
+  )
+  licence: str = option(
+    "", "terms and attribution of the pictures; kept in the tokenizer's file"
+  )
+
+  def check(self, path: str) -> None:
+    """Raises ConfigError where there is nothing to learn from."""
+    if not self.sources:
+      raise ConfigError(
+        f"{path}.sources is empty; set e.g."
+        f" {path}.sources.openmoji.kind='openmoji'"
+      )
+
+
+def gather_texts(recipe: Recipe) -> dict[str, list[str]]:
+  """Returns the distinct texts of all sources, "source/split" -> texts.
+
+  All captions of a picture count, in all their languages.
+  """
+  groups: dict[str, dict[str, None]] = {}
+  for name, example in _examples(recipe, "texts"):
+    for part in example.parts:
+      if part.modality == "text":
+        group = groups.setdefault(f"{name}/{example.split}", {})
+        group.update(dict.fromkeys(map(str, part.alternatives)))
+  return {group: list(texts) for group, texts in groups.items()}
+
+
+def gather_pictures(
+  recipe: Recipe,
+) -> dict[str, UInt8[np.ndarray, "N S S 3"]]:
+  """Returns the pictures of all sources, "source/split/style" -> array.
+
+  The style is what follows the last "/" of an example's key, if anything.
+
+  Raises:
+    UserError: a picture of another size than `recipe.image.image_size`.
+  """
+  size = recipe.image.image_size
+  groups: dict[str, list[np.ndarray]] = {}
+  for name, example in _examples(recipe, "pictures"):
+    for part in example.parts:
+      if part.modality == "image":
+        image = np.asarray(part.alternatives[0])
+        if image.shape != (size, size, 3) or image.dtype != np.uint8:
+          raise UserError(
+            f"source {name!r}: picture {example.key!r} is"
+            f" {image.dtype}{list(image.shape)}, config.image.image_size needs"
+            f" uint8[{size}, {size}, 3]; set image_size to the pictures' size"
+          )
+        style = example.key.rpartition("/")[2] if "/" in example.key else ""
+        group = "/".join(filter(None, (name, example.split, style)))
+        groups.setdefault(group, []).append(image)
+  return {group: np.stack(images) for group, images in groups.items()}
+
+
+def is_train(group: str) -> bool:
+  """Whether a group's name says that it may be learned from."""
+  return group.split("/")[1] == "train"
+
+
+def fingerprints(recipe: Recipe) -> dict[str, str]:
+  """Returns the fingerprint of each source, by name."""
+  return {
+    name: load_source(name, source).fingerprint()
+    for name, source in recipe.sources.items()
+  }
+
+
+def _examples(recipe: Recipe, what: str) -> Iterator[tuple[str, Example]]:
+  for name, config in recipe.sources.items():
+    source = load_source(name, config)
+    for example in progress.track(
+      source.examples(), f"{what} of {name}", total=len(source)
+    ):
+      yield name, example
