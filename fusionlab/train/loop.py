@@ -1,0 +1,443 @@
+"""The loop, in kauldron's order: evaluate, save, next batch, step, log.
+
+The metrics of a step are fetched after the next one was sent, so the device
+never waits for the host. NOTE: resuming bit-identically rests on this order: a
+checkpoint of step n is written after every row up to n, and before batch n.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from fusionlab.analysis.devices import peak_flops
+from fusionlab.analysis.flops import train_flops_per_token
+from fusionlab.batch import Batch
+from fusionlab.data import cache_folder
+from fusionlab.errors import UserError
+from fusionlab.evaluate.heldout import Interrupted, evaluate, place_batch
+from fusionlab.experiment import Experiment
+from fusionlab.sharding import rules
+from fusionlab.sharding.mesh import make_mesh
+from fusionlab.train import checkpoint as checkpoints
+from fusionlab.train import environment
+from fusionlab.train import workdir as workdirs
+from fusionlab.train.metrics import Row, Throughput, train_row
+from fusionlab.train.optimizer import make_optimizer, make_schedule
+from fusionlab.train.progress import ProgressReport
+from fusionlab.train.setup import Setup, build, default_group_rows
+from fusionlab.train.signals import Preempted, Signals
+from fusionlab.train.state import (
+  TrainState,
+  abstract_state,
+  init_state,
+  state_shardings,
+  stream,
+  with_shardings,
+)
+from fusionlab.train.step import make_eval_step, make_train_step
+from fusionlab.train.writers import Writers, write_atomic
+
+
+def train(experiment: Experiment, workdir: str) -> int:
+  """Trains until `num_steps`, `max_seconds` or a signal; resumes by itself.
+
+  Writes config.json, environment.json, status.json, metrics and checkpoints
+  into the workdir, and goes on from its newest good checkpoint.
+
+  Args:
+    experiment: the configuration.
+    workdir: the run's folder, made if need be; on several hosts, one that all
+      of them see.
+
+  Returns:
+    0 when finished, out of time or preempted (status.json says which).
+
+  Raises:
+    UserError: the user's mistakes, a workdir of another run, a corrupted
+      checkpoint, or a loss that is not finite.
+  """
+  started = time.monotonic()
+  folder = Path(workdir).expanduser()
+  before = workdirs.recorded(folder)
+  joined = (
+    None if before is None else workdirs.resume(experiment, before, folder)
+  )
+  writes = jax.process_index() == 0
+  lock = workdirs.Lock(folder) if writes else None
+  steps = checkpoints.steps_in(folder / "checkpoints")
+  status = _Status(folder, writes, step=max(steps, default=0))
+  try:
+    with Signals() as signals:
+      status.write("running")
+      run = _Run(joined or experiment, folder, started, signals, status)
+      run.run()
+  except Preempted as signal:
+    status.write("preempted", str(signal))
+  except BaseException as error:
+    status.write("failed", f"{type(error).__name__}: {error}".split("\n")[0])
+    raise
+  finally:
+    if lock is not None:
+      lock.release()
+  return 0
+
+
+@dataclasses.dataclass
+class _Status:
+  """`status.json`, with the step that was reached."""
+
+  folder: Path
+  writes: bool
+  step: int
+
+  def write(self, status: str, reason: str = "") -> None:
+    if self.writes:
+      workdirs.write_status(self.folder, status, self.step, reason)
+
+
+@dataclasses.dataclass
+class _Pending:
+  """A step that was sent and whose metrics were not fetched yet."""
+
+  step: int
+  metrics: dict[str, Any]
+  batch: Batch
+
+
+class _Run:
+  """One start of a run: everything from setup to the last line of status."""
+
+  def __init__(
+    self,
+    experiment: Experiment,
+    folder: Path,
+    started: float,
+    signals: Signals,
+    status: _Status,
+  ):
+    self.folder = folder
+    self.signals = signals
+    self.status = status
+    self.writes = jax.process_index() == 0
+    if experiment.train.compile_cache:
+      keep_compiled(cache_folder(experiment.data.cache_dir) / "compile")
+    mesh = make_mesh(experiment.mesh)
+    experiment = workdirs.resolve(
+      experiment, default_group_rows(experiment, mesh)
+    )
+    self.config = experiment.train
+    self.experiment = experiment
+    self.deadline = (
+      started + self.config.max_seconds if self.config.max_seconds else None
+    )
+    self.setup: Setup = build(experiment, mesh=mesh)
+    self._build_steps()
+    self.state, self.start = self._first_state()
+    self.status.step = self.start
+
+  def _build_steps(self) -> None:
+    config, setup = self.config, self.setup
+    schedule = make_schedule(self.experiment.optimizer, config.schedule_steps)
+    self.optimizer = make_optimizer(self.experiment.optimizer, schedule)
+    self.keeps_ema = self.experiment.optimizer.ema_decay > 0
+    self.abstract = abstract_state(
+      setup.model.init_params, self.optimizer, ema=self.keeps_ema
+    )
+    self.shardings = state_shardings(
+      self.abstract,
+      self.optimizer,
+      rules.param_shardings(
+        setup.model.param_axes(), self.abstract.params, setup.mesh
+      ),
+      rules.replicated(setup.mesh),
+    )
+    self.train_step = make_train_step(
+      setup.model,
+      setup.objective,
+      self.optimizer,
+      schedule=schedule,
+      dropout_seed=config.seed,
+      ema_decay=self.experiment.optimizer.ema_decay,
+      accumulate=config.accumulate,
+      on_nonfinite=config.on_nonfinite,
+      shardings=self.shardings,
+      mesh=setup.mesh,
+    )
+    self.eval_step = make_eval_step(
+      setup.model, setup.objective, mesh=setup.mesh
+    )
+
+  def _first_state(self) -> tuple[TrainState, int]:
+    """The newest good checkpoint's state, or a new one."""
+    path = self._newest()
+    self._saved = -1
+    if path is None:
+      state = init_state(
+        self.setup.model.init_params,
+        self.optimizer,
+        stream(self.config.seed, "params"),
+        ema=self.keeps_ema,
+        shardings=self.shardings,
+      )
+      return state, 0
+    meta = checkpoints.read_meta(path)
+    if meta["tokenizers"] != self.setup.tokenizers.hash:
+      raise UserError(
+        f"{path} was trained with other tokenizers than"
+        f" config.data.text_tokenizer and image_tokenizer name now; point them"
+        f" at the files in {path / 'tokenizers'}"
+      )
+    state = checkpoints.restore_state(
+      path, with_shardings(self.abstract, self.shardings)
+    )
+    self._saved = meta["step"]
+    return state, meta["step"]
+
+  def _newest(self) -> Path | None:
+    """Process 0 looks and verifies; the others follow."""
+    folder = self.folder / "checkpoints"
+    if jax.process_count() == 1:
+      return checkpoints.newest(folder)
+    found, error = -1, None
+    if self.writes:
+      try:
+        path = checkpoints.newest(folder)
+        found = -1 if path is None else int(path.name)
+      except UserError as refused:
+        found, error = -2, refused
+    found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+    if found == -2:
+      raise error or UserError(
+        f"process 0 refused the newest checkpoint in {folder}; its log says why"
+      )
+    return None if found < 0 else folder / str(found)
+
+  def run(self) -> None:
+    """Trains, saves, scores, and says how it ended."""
+    console = ProgressReport(
+      self.start,
+      self.config.num_steps,
+      deadline=self.deadline,
+      enabled=self.writes,
+    )
+    with contextlib.ExitStack() as stack:
+      stack.callback(console.close)
+      self.progress = console
+      self._open_files(stack)
+      # From here on there is a state to save: signals wait for the loop.
+      self.signals.defer()
+      with jax.transfer_guard("disallow"):
+        reason = self._loop()
+        if self._saved != self.status.step:
+          self._save()
+        if reason in ("num_steps", "max_seconds"):
+          try:
+            self._evaluate(limit=0)
+          except Interrupted:
+            reason = self.signals.reason
+      self.saver.wait()
+    finished = reason in ("num_steps", "max_seconds")
+    self.status.write("finished" if finished else "preempted", reason)
+    console.say(
+      f"{'finished' if finished else 'preempted'} at step {self.status.step}"
+      f" ({reason}); {self.folder}"
+    )
+
+  def _open_files(self, stack: contextlib.ExitStack) -> None:
+    self.writers = None
+    if self.writes:
+      workdirs.write_json(
+        self.folder / "config.json", workdirs.to_mapping(self.experiment)
+      )
+      workdirs.write_json(
+        self.folder / "environment.json", environment.describe()
+      )
+      self.writers = Writers(self.config.writers, self.folder)
+      stack.callback(self.writers.close)
+      self.writers.truncate(self.start)
+    if self._saved >= 0:
+      self.progress.say(f"resumed {self.folder} at step {self.start}")
+    self.saver = checkpoints.Checkpoints(
+      self.folder / "checkpoints",
+      self.experiment,
+      self.setup.tokenizers,
+      group_rows=self.experiment.data.group_rows,
+      keep=self.config.keep_checkpoints,
+    )
+    stack.callback(self.saver.close)
+
+  def _loop(self) -> str:
+    """Steps until something ends the run; returns what."""
+    config, data, setup = self.config, self.setup.data, self.setup
+    self.throughput = Throughput(
+      train_flops_per_token(
+        self.experiment.model,
+        setup.data.vocabulary.size,
+        self.experiment.data.row_length,
+      ),
+      self._peak(),
+    )
+    evaluated = self.start if self._evaluated_before() else -1
+    pending: _Pending | None = None
+    profiling = False
+    batches = data.train.iterate(self.start)
+    step = self.start
+    with contextlib.closing(batches):
+      while True:
+        self.status.step = step
+        reason = self._end_reason(step)
+        eval_due = _due(step, config.eval_every) and evaluated != step
+        save_due = _due(step, config.checkpoint_every) and self._saved != step
+        if pending and (reason or eval_due or save_due):
+          # A row is on disk before a checkpoint holds its step, and nothing
+          # that is not finite is ever saved.
+          self._log(pending, last=reason in ("num_steps", "max_seconds"))
+          pending = None
+        if profiling and (
+          reason or step + 1 == config.profile_start + config.profile_steps
+        ):
+          jax.block_until_ready(self.state)
+          jax.profiler.stop_trace()
+          profiling = False
+        if reason:
+          return reason
+        with self._paused():
+          if eval_due:
+            evaluated = step
+            try:
+              self._evaluate(limit=config.eval_batches)
+            except Interrupted:
+              continue
+          if save_due:
+            self._save()
+        if config.profile_start == step + 1:
+          jax.profiler.start_trace(str(self.folder / "profile"))
+          profiling = True
+        waiting = time.monotonic()
+        host = next(batches)
+        self.throughput.waited(time.monotonic() - waiting)
+        self.state, metrics = self.train_step(
+          self.state, place_batch(host, setup.mesh)
+        )
+        step += 1
+        if pending:
+          self._log(pending)
+        pending = _Pending(step, metrics, host)
+        self.progress.step(step)
+
+  def _end_reason(self, step: int) -> str:
+    """Why to stop before the next step; the same on every process."""
+    if step >= self.config.num_steps:
+      return "num_steps"
+    late = self.deadline is not None and time.monotonic() >= self.deadline
+    flags = (bool(self.signals.reason), late)
+    if jax.process_count() > 1:
+      # Asking all processes costs a collective: once per log interval.
+      if step % self.config.log_every:
+        return ""
+      flags = np.any(multihost_utils.process_allgather(np.array(flags)), 0)
+    if flags[0]:
+      return self.signals.reason or "SIGTERM"
+    return "max_seconds" if flags[1] else ""
+
+  def _log(self, pending: _Pending, *, last: bool = False) -> None:
+    """Fetches a step's metrics; stops the run where they are not finite."""
+    fetched = jax.device_get(pending.metrics)
+    step, config = pending.step, self.config
+    row = train_row(fetched)
+    if not fetched["finite"] and config.on_nonfinite == "stop":
+      self._stop_nonfinite(pending, row)
+    if step == self.start + 1:
+      self.throughput.restart()  # compilation is not throughput
+    else:
+      self.throughput.add(int(fetched["tokens"]))
+    if not (step == 1 or _due(step, config.log_every) or last):
+      return
+    loader = self.setup.data.train
+    row["data/epoch"] = float(loader.epoch_of(step - 1))
+    for name, fill in loader.fill(step - 1).items():
+      row[f"data/fill/{name}"] = float(fill)
+    row.update(self.throughput.row())
+    if self.writers is not None:
+      self.writers.write(step, row)
+    self.progress.row(step, row, self.throughput.step_s)
+
+  def _evaluate(self, *, limit: int) -> None:
+    several = jax.process_count() > 1
+    row: Row = evaluate(
+      self.eval_step,
+      self.state.eval_params,
+      self.setup.data.heldout,
+      self.setup.data.uncaptioned,
+      self.setup.mesh,
+      codes_per_picture=self.setup.tokenizers.image.codes_per_image,
+      limit=limit,
+      # Processes that stopped at different batches would wait for ever.
+      should_stop=lambda: bool(self.signals.reason) and not several,
+    )
+    if self.writers is not None:
+      self.writers.write(self.status.step, row)
+    self.progress.evaluation(self.status.step, row)
+
+  def _save(self) -> None:
+    self.saver.save(self.state)
+    self._saved = self.status.step
+
+  @contextlib.contextmanager
+  def _paused(self):
+    begin = time.monotonic()
+    yield
+    self.throughput.paused(time.monotonic() - begin)
+
+  def _evaluated_before(self) -> bool:
+    found = self.writers is not None and self.writers.has_evaluation(self.start)
+    if jax.process_count() > 1:
+      found = multihost_utils.broadcast_one_to_all(np.bool_(found))
+    return bool(found)
+
+  def _peak(self) -> float | None:
+    devices = self.setup.mesh.devices.flat
+    peaks = [peak_flops(device) for device in devices]
+    return None if None in peaks else math.fsum(p for p in peaks if p)
+
+  def _stop_nonfinite(self, pending: _Pending, row: Row) -> None:
+    """Dumps the batch and the metrics, then raises UserError."""
+    folder = self.folder / "dump" / f"step_{pending.step}"
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {
+      jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+      for path, leaf in jax.tree_util.tree_leaves_with_path(pending.batch)
+    }
+    np.savez(
+      folder / f"batch_{jax.process_index()}.npz", allow_pickle=False, **arrays
+    )
+    if self.writes:
+      text = {name: repr(value) for name, value in row.items()}
+      write_atomic(folder / "metrics.json", json.dumps(text, indent=2))
+    raise UserError(
+      f"loss or gradient is not finite at step {pending.step}: its batch and"
+      f" metrics are in {folder}; in a new --workdir, lower"
+      f" config.optimizer.learning_rate or set config.train.on_nonfinite=skip"
+    )
+
+
+def keep_compiled(folder: Path) -> None:
+  """Keeps compiled programs on disk, so that a second start is quick.
+
+  Args:
+    folder: made if need be; the setting holds for the whole process.
+  """
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _due(step: int, every: int) -> bool:
+  return every > 0 and step > 0 and step % every == 0

@@ -1,0 +1,156 @@
+"""The training state: created sharded, described without being allocated."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Int, PyTree
+
+
+@flax.struct.dataclass
+class TrainState:
+  """What a step changes and a checkpoint holds.
+
+  Attributes:
+    step: int32 [], steps taken, skipped updates included.
+    params: the tree of float32 parameters.
+    opt_state: optax's state.
+    ema: moving average of `params`, float32, or None.
+    skipped: int32 [], updates left out because they were not finite.
+  """
+
+  step: Int[Array, ""]
+  params: PyTree
+  opt_state: PyTree
+  ema: PyTree | None
+  skipped: Int[Array, ""]
+
+  @property
+  def eval_params(self) -> PyTree:
+    """The parameters that are scored: the moving average where one is kept."""
+    return self.params if self.ema is None else self.ema
+
+
+def stream(seed: int, name: str) -> jax.Array:
+  """Returns the root key of a named random stream.
+
+  Args:
+    seed: `config.train.seed`.
+    name: 'params', 'dropout', …; its SHA-256 is folded into the root, so
+      streams never depend on the order in which they are asked for.
+
+  Returns:
+    A typed key; fold the step into it.
+  """
+  digest = hashlib.sha256(name.encode()).digest()
+  return jax.random.fold_in(
+    jax.random.key(seed), int.from_bytes(digest[:4], "little")
+  )
+
+
+def _new_state(
+  init_params: Callable[[jax.Array], PyTree],
+  optimizer: optax.GradientTransformation,
+  ema: bool,
+  key: jax.Array,
+) -> TrainState:
+  params = init_params(key)
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optimizer.init(params),
+    # A copy: two donated arguments may not share one buffer.
+    ema=jax.tree.map(jnp.copy, params) if ema else None,
+    skipped=jnp.zeros((), jnp.int32),
+  )
+
+
+def abstract_state(
+  init_params: Callable[[jax.Array], PyTree],
+  optimizer: optax.GradientTransformation,
+  *,
+  ema: bool = False,
+) -> TrainState:
+  """Describes the state by shapes and dtypes, allocating nothing.
+
+  Args:
+    init_params: key → tree of parameters.
+    optimizer: the optax transformation.
+    ema: whether a moving average of the parameters is kept.
+  """
+  return jax.eval_shape(
+    lambda: _new_state(init_params, optimizer, ema, jax.random.key(0))
+  )
+
+
+def state_shardings(
+  abstract: TrainState,
+  optimizer: optax.GradientTransformation,
+  params: PyTree,
+  replicated: NamedSharding,
+) -> TrainState:
+  """Gives every leaf of the state its sharding.
+
+  Args:
+    abstract: see `abstract_state`.
+    optimizer: what made `abstract.opt_state`.
+    params: the parameters' shardings; moments and the moving average inherit
+      them.
+    replicated: for counters.
+  """
+  opt_state = optax.tree_utils.tree_map_params(
+    optimizer,
+    lambda _, sharding: sharding,
+    abstract.opt_state,
+    params,
+    transform_non_params=lambda _: replicated,
+  )
+  return dataclasses.replace(
+    abstract,
+    step=replicated,
+    params=params,
+    opt_state=opt_state,
+    ema=None if abstract.ema is None else params,
+    skipped=replicated,
+  )
+
+
+def init_state(
+  init_params: Callable[[jax.Array], PyTree],
+  optimizer: optax.GradientTransformation,
+  key: jax.Array,
+  *,
+  ema: bool = False,
+  shardings: TrainState | None = None,
+) -> TrainState:
+  """Creates the state, each device making only its own shards.
+
+  Args:
+    init_params: key → tree of parameters.
+    optimizer: the optax transformation.
+    key: the root of the 'params' stream.
+    ema: whether a moving average of the parameters is kept.
+    shardings: see `state_shardings`; None leaves it on the default device.
+  """
+  options: dict[str, Any] = {}
+  if shardings is not None:
+    options["out_shardings"] = shardings
+  create = jax.jit(
+    lambda k: _new_state(init_params, optimizer, ema, k), **options
+  )
+  return create(key)
+
+
+def with_shardings(abstract: TrainState, shardings: TrainState) -> TrainState:
+  """Joins shapes and shardings into what a restore needs."""
+  return jax.tree.map(
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+    abstract,
+    shardings,
+  )

@@ -1,0 +1,216 @@
+"""One optimizer step, pure and compiled once.
+
+The gradient is that of the mean over the whole global batch: sums of losses
+and of their weights are accumulated over microbatches and shards and divided
+once, so the split of the batch does not change what is minimised.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from fusionlab.batch import Batch
+from fusionlab.sharding import rules
+from fusionlab.train.state import TrainState, stream
+
+Metrics = dict[str, Any]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def split_batch(batch: Batch, accumulate: int, shards: int = 1) -> Batch:
+  """Splits every array's first axis into `[accumulate, first/accumulate]`.
+
+  Each microbatch takes the same share of every data shard, so that nothing
+  moves between devices; whole groups stay together.
+
+  Args:
+    batch: arrays `[B, ...]`, and `[G, ...]` in the layout.
+    accumulate: number of microbatches; divides B and G.
+    shards: data shards of the first axis; `accumulate`·`shards` divides B, G.
+  """
+
+  def split(x):
+    rest = x.shape[1:]
+    x = x.reshape(shards, accumulate, -1, *rest)
+    return x.swapaxes(0, 1).reshape(accumulate, -1, *rest)
+
+  return jax.tree.map(split, batch)
+
+
+def make_train_step(
+  model: Any,
+  objective: Any,
+  optimizer: optax.GradientTransformation,
+  *,
+  schedule: Callable[[Any], jax.Array] | None = None,
+  dropout_seed: int | None = None,
+  ema_decay: float = 0.0,
+  accumulate: int = 1,
+  on_nonfinite: str = "stop",
+  shardings: TrainState | None = None,
+  mesh: Mesh | None = None,
+) -> TrainStep:
+  """Builds `train_step(state, batch) -> (state, metrics)`, jitted.
+
+  Args:
+    model: passed to the objective.
+    objective: `(model, params, batch, *, train, dropout_key)` → dict of Means,
+      of which `loss` is minimised.
+    optimizer: an optax transformation; it is given `step=` where it takes
+      extra arguments.
+    schedule: the learning rate, for the metric of that name only.
+    dropout_seed: seed of the dropout stream, into which step and microbatch are
+      folded; None for a model without dropout.
+    ema_decay: decay of the moving average in `state.ema`, where there is one.
+    accumulate: microbatches of one step.
+    on_nonfinite: 'skip' keeps the old parameters and moments of a step whose
+      loss or gradient is not finite; 'stop' leaves that to the caller, who
+      reads `metrics['finite']`.
+    shardings: of the state; None leaves placement to the arguments.
+    mesh: the devices of `shardings`; both or neither.
+
+  Returns:
+    The step. It donates `state`; a second trace raises AssertionError, because
+    a recompile is a bug. Metrics are the objective's Means, and scalars
+    `grad_norm`, `finite`, `tokens` (real tokens of the global batch),
+    `skipped`, `learning_rate`.
+  """
+  optimizer = optax.with_extra_args_support(optimizer)
+  shards = 1 if mesh is None else rules.data_shards(mesh)
+
+  def gradients(params, batch, key):
+    def loss(params):
+      means = objective(model, params, batch, train=True, dropout_key=key)
+      return means["loss"].total, means
+
+    (_, means), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    if shardings is not None:
+      grads = jax.lax.with_sharding_constraint(grads, shardings.params)
+    return grads, means
+
+  def accumulated(params, batch, key):
+    if accumulate == 1:
+      return gradients(params, batch, key)
+
+    def body(carry, part):
+      index, micro = part
+      micro_key = None if key is None else jax.random.fold_in(key, index)
+      new = gradients(params, micro, micro_key)
+      return jax.tree.map(jnp.add, carry, new), None
+
+    parts = (
+      jnp.arange(accumulate),
+      split_batch(batch, accumulate, shards),
+    )
+    shapes = jax.eval_shape(
+      lambda p: gradients(params, p[1], key),
+      jax.tree.map(lambda x: x[0], parts),
+    )
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(body, zeros, parts)[0]
+
+  def train_step(state: TrainState, batch: Batch):
+    key = None
+    if dropout_seed is not None:
+      key = jax.random.fold_in(stream(dropout_seed, "dropout"), state.step)
+    grads, means = accumulated(state.params, batch, key)
+    count = jnp.maximum(means["loss"].count, 1)
+    grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(means["loss"].total)
+    updates, opt_state = optimizer.update(
+      grads, state.opt_state, state.params, step=state.step
+    )
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+      ema = optax.incremental_update(params, ema, 1 - ema_decay)
+    new = (params, opt_state, ema)
+    skipped = state.skipped
+    if on_nonfinite == "skip":
+      old = (state.params, state.opt_state, state.ema)
+      new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+      skipped = skipped + jnp.where(finite, 0, 1).astype(skipped.dtype)
+    metrics = {
+      **means,
+      "grad_norm": norm,
+      "finite": finite,
+      "tokens": (batch.segment > 0).sum(),
+      "skipped": skipped,
+    }
+    if schedule is not None:
+      metrics["learning_rate"] = schedule(state.step)
+    params, opt_state, ema = new
+    state = TrainState(
+      step=state.step + 1,
+      params=params,
+      opt_state=opt_state,
+      ema=ema,
+      skipped=skipped,
+    )
+    return state, metrics
+
+  options: dict[str, Any] = {}
+  if mesh is not None:
+    options["out_shardings"] = (shardings, rules.replicated(mesh))
+  function = _traced_once(_in_mesh(train_step, mesh))
+  return jax.jit(function, donate_argnums=0, **options)
+
+
+def _traced_once(function: Callable) -> Callable:
+  """Raises on a second trace; chex's own counts all functions of one name."""
+  traces = 0
+
+  @functools.wraps(function)
+  def once(*arguments):
+    nonlocal traces
+    traces += 1
+    if traces > 1:
+      raise AssertionError(
+        f"{function.__name__} is compiled a second time: a shape or dtype of its"
+        f" arguments changed between two steps"
+      )
+    return function(*arguments)
+
+  return once
+
+
+def _in_mesh(function: Callable, mesh: Mesh | None) -> Callable:
+  """Lets the model pin its activations to the mesh while it is traced."""
+  if mesh is None:
+    return function
+
+  @functools.wraps(function)
+  def inside(*arguments):
+    with rules.in_mesh(mesh):
+      return function(*arguments)
+
+  return inside
+
+
+def make_eval_step(
+  model: Any, objective: Any, *, mesh: Mesh | None = None
+) -> Callable[[PyTree, Batch], Metrics]:
+  """Builds `eval_step(params, batch) -> dict of Means`, jitted once.
+
+  Args:
+    model: passed to the objective.
+    objective: called with `train=False`.
+    mesh: the devices; None leaves placement to the arguments.
+  """
+
+  def eval_step(params, batch):
+    return objective(model, params, batch, train=False)
+
+  options: dict[str, Any] = {}
+  if mesh is not None:
+    options["out_shardings"] = rules.replicated(mesh)
+  # Held-out loaders may have layouts of their own, so there is one trace for
+  # each shape of batch, not one in all.
+  return jax.jit(_in_mesh(eval_step, mesh), **options)

@@ -1,0 +1,181 @@
+"""The folder of a run: whose it is, what may change on resume, its status."""
+
+import dataclasses
+import fcntl
+import json
+from pathlib import Path
+from typing import Any
+
+from fusionlab.config import flatten, to_mapping
+from fusionlab.errors import ConfigError, UserError
+from fusionlab.experiment import Experiment
+from fusionlab.train.writers import write_atomic
+
+# What may differ when a run goes on. Whatever is not here decides the numbers.
+CHANGEABLE = frozenset(
+  {
+    "train.num_steps",
+    "train.max_seconds",
+    "train.log_every",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.eval_batches",
+    "train.keep_checkpoints",
+    "train.profile_start",
+    "train.profile_steps",
+    "train.compile_cache",
+    "data.cache_dir",
+    "data.prefetch",
+  }
+)
+_CHANGEABLE_SECTIONS = ("mesh.",)
+
+
+def may_change(key: str) -> bool:
+  """Says whether a flat key ('train.num_steps') may differ on resume."""
+  return key in CHANGEABLE or key.startswith(_CHANGEABLE_SECTIONS)
+
+
+def resolve(experiment: Experiment, group_rows: int) -> Experiment:
+  """Writes derived values in the place of their zeros.
+
+  Args:
+    experiment: as given; `schedule_steps` 0 becomes `num_steps`.
+    group_rows: rows of a group, where `data.group_rows` is 0.
+  """
+  train, data = experiment.train, experiment.data
+  return dataclasses.replace(
+    experiment,
+    train=dataclasses.replace(
+      train, schedule_steps=train.schedule_steps or train.num_steps
+    ),
+    data=dataclasses.replace(data, group_rows=data.group_rows or group_rows),
+  )
+
+
+def recorded(workdir: Path) -> Experiment | None:
+  """Reads `<workdir>/config.json`; None where there is no run yet.
+
+  Raises:
+    UserError: a non-empty folder or a file that is not ours.
+  """
+  if workdir.exists() and not workdir.is_dir():
+    raise UserError(f"--workdir {workdir} is a file; give a folder")
+  path = workdir / "config.json"
+  if not path.exists():
+    found = _foreign(workdir)
+    if found:
+      raise UserError(
+        f"--workdir {workdir} is not empty ({found[0]}, …) and holds no run of"
+        f" ours (no config.json); give an empty or a new folder"
+      )
+    return None
+  try:
+    return Experiment.from_mapping(json.loads(path.read_text("utf-8")))
+  except (ValueError, ConfigError) as error:
+    raise UserError(
+      f"{path} is not a configuration of this fusionlab ({error}); give another"
+      f" --workdir"
+    ) from error
+
+
+def _foreign(workdir: Path) -> list[str]:
+  """Names in a folder that a start killed before config.json cannot leave."""
+  if not workdir.exists():
+    return []
+  ours = (".lock", "status.json")
+  return sorted(
+    p.name
+    for p in workdir.iterdir()
+    if p.name not in ours and not p.name.endswith(".tmp")
+  )
+
+
+def resume(given: Experiment, before: Experiment, workdir: Path) -> Experiment:
+  """Joins what was recorded with what may change.
+
+  Args:
+    given: the configuration of this start, derived values still 0.
+    before: the resolved one of the first start.
+    workdir: for the message.
+
+  Returns:
+    `given`, derived values as at the first start.
+
+  Raises:
+    UserError: lists every other key that differs, with both values.
+  """
+  derived = before.train.schedule_steps, before.data.group_rows
+  joined = dataclasses.replace(
+    given,
+    train=dataclasses.replace(
+      given.train, schedule_steps=given.train.schedule_steps or derived[0]
+    ),
+    data=dataclasses.replace(
+      given.data, group_rows=given.data.group_rows or derived[1]
+    ),
+  )
+  old, new = flatten(to_mapping(before)), flatten(to_mapping(joined))
+  missing = "(absent)"
+  differ = [
+    f"config.{key}: {old.get(key, missing)!r} -> {new.get(key, missing)!r}"
+    for key in sorted(old.keys() | new.keys())
+    if not may_change(key) and old.get(key, missing) != new.get(key, missing)
+  ]
+  if differ:
+    raise UserError(
+      f"--workdir {workdir} holds a run of another config; these keys may not"
+      f" change on resume: {'; '.join(differ)}. Give another --workdir or the"
+      f" old values"
+    )
+  return joined
+
+
+def write_json(path: Path, content: Any) -> None:
+  """Writes a JSON file atomically."""
+  write_atomic(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_status(
+  workdir: Path, status: str, step: int, reason: str = ""
+) -> None:
+  """Writes `status.json`.
+
+  Args:
+    workdir: the run's folder.
+    status: running | finished | preempted | failed.
+    step: optimizer steps taken.
+    reason: 'num_steps', 'max_seconds', 'SIGTERM' or an error's first line.
+  """
+  content = {"status": status, "step": step, "reason": reason}
+  write_json(workdir / "status.json", content)
+
+
+class Lock:
+  """Keeps a second process out of a workdir; the system drops it at exit."""
+
+  def __init__(self, workdir: Path):
+    """Takes the lock.
+
+    Raises:
+      UserError: another process trains here, or the folder cannot be written.
+    """
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+      self._file = (workdir / ".lock").open("a", encoding="utf-8")
+    except OSError as error:
+      raise UserError(
+        f"cannot write into --workdir {workdir}: {error}; give another folder"
+      ) from error
+    try:
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      self._file.close()
+      raise UserError(
+        f"another process is training in --workdir {workdir}; wait for it or"
+        f" give another folder"
+      ) from error
+
+  def release(self) -> None:
+    """Lets the next process in."""
+    self._file.close()

@@ -1,0 +1,276 @@
+"""A small real model on synthetic data, so that the trainer is tested alone.
+
+Only the data room is replaced: documents are drawn from the step's number, as
+the real loader's are from the plan.
+"""
+
+import dataclasses
+import functools
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from fusionlab.batch import Batch, causal_intervals
+from fusionlab.experiment import Experiment
+from fusionlab.routing import Towers, make_layout
+from fusionlab.tokenizers import ImageTokenizer, TextTokenizer, Tokenizers
+from fusionlab.tokenizers.autoencoder import ImageConfig, init_params
+
+LENGTH = 32
+CODES = 4
+
+
+@functools.cache
+def tokenizer_files() -> tuple[bytes, bytes]:
+  """Contents of a byte-level BPE without merges and a random 4-code VQ."""
+  image = ImageConfig(
+    image_size=4,
+    patch=1,
+    codebook_size=8,
+    code_dim=2,
+    fine_channels=4,
+    coarse_channels=4,
+    encoder_coarse_blocks=1,
+    decoder_coarse_blocks=1,
+    decoder_fine_blocks=1,
+  )
+  text = TextTokenizer.train(["a"], 261)
+  shapes = jax.eval_shape(lambda: init_params(image, jax.random.key(0)))
+  rng = np.random.default_rng(0)
+  weights = jax.tree.map(lambda a: rng.normal(size=a.shape), shapes)
+  codebook = rng.normal(size=(image.codebook_size, image.code_dim))
+  vq = ImageTokenizer.from_params(image, weights, codebook)
+  return text._content, vq._content
+
+
+def write_tokenizers(folder: Path) -> None:
+  """Writes text.json and image.safetensors."""
+  folder.mkdir(parents=True, exist_ok=True)
+  text, image = tokenizer_files()
+  (folder / "text.json").write_bytes(text)
+  (folder / "image.safetensors").write_bytes(image)
+
+
+class FakeLoader:
+  """Rows of captioned pictures and text; batch n depends on n alone."""
+
+  def __init__(
+    self,
+    experiment: Experiment,
+    tokenizers: Tokenizers,
+    *,
+    stream: int,
+    batches: int,
+    captions: bool = True,
+    nan_at: tuple[int, ...] = (),
+    delay: float = 0.0,
+  ):
+    self.experiment = experiment
+    self.vocabulary = tokenizers.vocabulary
+    self.stream = stream
+    self.batches = batches
+    self.captions = captions
+    self.nan_at = nan_at
+    self.delay = delay
+
+  def __len__(self):
+    return self.batches
+
+  def __getitem__(self, step: int) -> Batch:
+    rng = np.random.default_rng([self.stream, step])
+    rows = self.experiment.train.batch_size
+    v = self.vocabulary
+    tokens = np.zeros((rows, LENGTH), np.int32)
+    segment, position = np.zeros_like(tokens), np.zeros_like(tokens)
+    for row in range(rows):
+      at, number = 0, 0
+      while at + 12 <= LENGTH:
+        letter = int(rng.integers(8))
+        caption = [10 + letter] * 3 if self.captions else []
+        codes = [v.offset(1) + (letter + k) % 8 for k in range(CODES)]
+        document = [v.bos, *caption, v.begin[1], *codes, v.end[1], v.eos]
+        number += 1
+        span = slice(at, at + len(document))
+        tokens[row, span] = document
+        segment[row, span] = number
+        position[row, span] = np.arange(len(document))
+        at += len(document)
+    k_start, k_end = causal_intervals(segment, position)
+    target, weight = np.zeros_like(tokens), np.zeros(tokens.shape, np.float32)
+    follows = (segment[:, 1:] == segment[:, :-1]) & (segment[:, 1:] > 0)
+    target[:, :-1] = np.where(follows, tokens[:, 1:], 0)
+    weight[:, :-1] = follows
+    if step in self.nan_at:
+      weight = weight * np.float32(np.nan)
+    modality = np.where(segment > 0, v.modality_of(tokens), 0).astype(np.int32)
+    model = self.experiment.model
+    towers = Towers.parse(model.modalities, model.towers, model.untie)
+    layout = None
+    if towers.count > 1:
+      group = self.experiment.data.group_rows
+      layout = make_layout(
+        modality,
+        segment > 0,
+        towers=towers.of_modality,
+        counts=(group * (LENGTH - 12), group * 12),
+        group_rows=group,
+      )
+    return Batch(
+      tokens=tokens,
+      modality=modality,
+      segment=segment,
+      position=position,
+      k_start=k_start,
+      k_end=k_end,
+      target=target,
+      weight=weight,
+      layout=layout,
+    )
+
+  def iterate(self, start: int):
+    """Yields batches from a step on."""
+    step = start
+    while True:
+      time.sleep(self.delay)
+      yield self[step]
+      step += 1
+
+  def epoch_of(self, step: int) -> int:
+    """Ten steps make an epoch."""
+    return step // 10
+
+  def fill(self, step: int) -> dict[str, float]:
+    """Constant."""
+    return {"text": 0.98, "image": 0.99}
+
+
+@dataclasses.dataclass
+class FakeData:
+  """What `open_data` returns."""
+
+  vocabulary: object
+  token_bytes: np.ndarray
+  train: FakeLoader
+  heldout: dict
+  uncaptioned: dict
+
+
+def open_fake_data(
+  experiment,
+  tokenizers,
+  *,
+  process_index=0,
+  process_count=1,
+  group_rows=0,
+  slow_open=0.0,
+  **train_options,
+):
+  """Stands in for `fusionlab.data.open_data`."""
+  time.sleep(slow_open)
+  make = functools.partial(FakeLoader, experiment, tokenizers)
+  lengths = tokenizers.text.byte_lengths()
+  return FakeData(
+    vocabulary=tokenizers.vocabulary,
+    token_bytes=np.pad(lengths, (0, tokenizers.vocabulary.sizes[1])),
+    train=make(stream=0, batches=0, **train_options),
+    heldout={
+      "heldout_picture": make(stream=1, batches=3),
+      "heldout_place": make(stream=2, batches=2),
+    },
+    uncaptioned={"heldout_picture": make(stream=1, batches=3, captions=False)},
+  )
+
+
+def experiment_of(folder: Path, **flat) -> Experiment:
+  """A tiny experiment; flat keys are 'train__num_steps'."""
+  if not (folder / "tokenizers").exists():
+    write_tokenizers(folder / "tokenizers")
+  mapping = {
+    "model": {
+      "kind": "mixture_of_transformers",
+      "untie": "q k v o qk_norm mixer_norm ffn ffn_norm final_norm",
+      "dim": 16,
+      "num_layers": 1,
+      "num_heads": 2,
+      "ffn_dim": 16,
+    },
+    "objective": {"kind": "next_token"},
+    "data": {
+      "sources": {"fake": {"kind": "jsonl"}},
+      "text_tokenizer": str(folder / "tokenizers" / "text.json"),
+      "image_tokenizer": str(folder / "tokenizers" / "image.safetensors"),
+      "row_length": LENGTH,
+    },
+    "optimizer": {"warmup_steps": 4, "learning_rate": 1e-2},
+    "train": {
+      "num_steps": 12,
+      # One length for all, so that all runs share one compiled step.
+      "schedule_steps": 12,
+      "batch_size": 4,
+      "log_every": 1,
+      "eval_every": 0,
+      "eval_batches": 1,
+      "checkpoint_every": 4,
+      "writers": "csv jsonl",
+    },
+  }
+  for key, value in flat.items():
+    section, _, name = key.partition("__")
+    mapping.setdefault(section, {})[name] = value
+  return Experiment.from_mapping(mapping)
+
+
+def run_training(folder, workdir, flat, kill_at="", **data_options):
+  """A training process of its own: exits with the code of `train`."""
+  from fusionlab.train import loop, setup
+
+  setup.open_data = functools.partial(open_fake_data, **data_options)
+  if kill_at:
+    _arm(kill_at)
+  log = open(Path(folder) / "log.txt", "a", buffering=1)  # noqa: SIM115
+  sys.stdout = sys.stderr = log
+  os.dup2(log.fileno(), 2)
+  experiment = experiment_of(Path(folder), **flat)
+  sys.exit(loop.train(experiment, str(workdir)))
+
+
+def _arm(point: str) -> None:
+  """Makes the process kill itself at a point of its second save."""
+  import shutil
+
+  from fusionlab.train import checkpoint
+
+  def die(*unused, **also_unused):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+  class Dying(checkpoint.Checkpoints):
+    saves = 0
+
+    def save(self, state):
+      Dying.saves += 1
+      super().save(state)
+      if Dying.saves == 2 and point == "while orbax writes":
+        die()
+
+    def _finish(self, step, meta):
+      if Dying.saves == 2:
+        if point == "before meta":
+          checkpoint.write_atomic = die
+        if point == "before checksums":
+          checkpoint.checksums = die
+        if point == "while deleting":
+          self._manager.delete = self._half_delete
+        if point == "before deleting":
+          self._manager.delete = die
+      super()._finish(step, meta)
+
+    def _half_delete(self, step):
+      shutil.rmtree(self.folder / str(step) / "params")
+      die()
+
+  checkpoint.Checkpoints = Dying
