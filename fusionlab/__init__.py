@@ -16,9 +16,11 @@ if TYPE_CHECKING:
   from fusionlab.experiment import Experiment as Experiment
   from fusionlab.models.transformer import build_model as build_model
   from fusionlab.objectives import build_objective as build_objective
-  from fusionlab.train.checkpoint import load_model as load
+  from fusionlab.train.checkpoint import load_model
   from fusionlab.train.state import init_state as init_state
   from fusionlab.train.step import make_train_step as make_train_step
+
+  load = load_model
 
 __version__ = "0.1.0"
 
@@ -35,7 +37,7 @@ _PUBLIC = {
   "make_train_step": "fusionlab.train.step:make_train_step",
 }
 
-__all__ = sorted(_PUBLIC)
+__all__ = [*_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

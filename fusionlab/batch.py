@@ -96,7 +96,9 @@ class Vocabulary:
     if name not in self.modalities:
       from fusionlab.errors import nearest
 
-      raise UserError(f"unknown modality {name!r}{nearest(name, self.modalities)}")
+      raise UserError(
+        f"unknown modality {name!r}{nearest(name, self.modalities)}"
+      )
     return self.modalities.index(name)
 
   def modality_of(self, ids: Int[Array, "*s"]) -> Int[Array, "*s"]:

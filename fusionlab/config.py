@@ -9,7 +9,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from fusionlab.errors import ConfigError, nearest
 
@@ -70,9 +70,9 @@ def from_mapping(cls: type[C], mapping: Any, path: str = "config") -> C:
   if not isinstance(mapping, Mapping):
     raise ConfigError(
       f"{path} must be a section of keys, not {mapping!r}; set a key of it,"
-      f" e.g. {path}.{dataclasses.fields(cls)[0].name}"
+      f" e.g. {path}.{dataclasses.fields(cast(Any, cls))[0].name}"
     )
-  fields = {f.name: f for f in dataclasses.fields(cls)}
+  fields = {f.name: f for f in dataclasses.fields(cast(Any, cls))}
   hints = typing.get_type_hints(cls)
   values = {}
   for key, value in mapping.items():

@@ -11,6 +11,7 @@ layout replaces its boolean masks.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -160,9 +161,7 @@ def make_layout(
     order = jnp.argsort(tower, axis=1, stable=True).astype(jnp.int32)
     place = jnp.argsort(order, axis=1).astype(jnp.int32)
   starts = np.cumsum((0, *counts))
-  take = tuple(
-    order[:, a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)
-  )
+  take = tuple(order[:, a:b] for a, b in itertools.pairwise(starts))
   return Layout(take=take, place=place)
 
 
@@ -183,9 +182,7 @@ def _unroute(routed: Routed, layout: Layout) -> jax.Array:
 
 
 def _no_gradient(layout: Layout) -> Layout:
-  return jax.tree.map(
-    lambda a: np.zeros(a.shape, jax.dtypes.float0), layout
-  )
+  return jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), layout)
 
 
 _route.defvjp(
@@ -209,7 +206,7 @@ def route(x: Float[Array, "B L *f"], layout: Layout | None) -> Routed:
     Per tower `[G, C_k, *f]`; `([B, L, *f],)` without a layout.
   """
   if layout is None:
-    return (x,)
+    return (jnp.asarray(x),)
   groups, size = layout.place.shape
   return _route(x.reshape(groups, size, *x.shape[2:]), layout)
 
@@ -311,7 +308,7 @@ class Router:
       return stream
     if self.dispatch == "ragged":
       stream = self._split(stream[0])
-    return (unroute(stream, self.layout, self.length),)
+    return (jnp.asarray(unroute(stream, self.layout, self.length)),)
 
   def apply(
     self, f: Callable[..., jax.Array], stream: Routed, *weights: Routed
@@ -330,7 +327,7 @@ class Router:
       zip(*(w if len(w) > 1 else w * towers for w in weights), strict=True)
     )
     if self.dispatch == "select":
-      (x,), tower = stream, self.tower
+      (x,), tower = stream, jnp.asarray(self.tower)
       y = f(x, *per_tower[0])
       for k, ws in enumerate(per_tower[1:], start=1):
         chosen = (tower == k).reshape(tower.shape + (1,) * (y.ndim - 2))
@@ -344,23 +341,30 @@ class Router:
     return tuple(f(x, *ws) for x, ws in zip(stream, per_tower, strict=True))
 
   def linear(self, stream: Routed, weight: Routed) -> Routed:
-    """x W for each tower; `weight` is a tuple of [d, f] matrices."""
+    """Multiplies each tower's tokens by its matrix, [..., d] by [d, f]."""
     if self.dispatch == "ragged" and len(weight) > 1:
       (x,) = stream
-      sizes = jnp.asarray([t.size for t in self.layout.take], jnp.int32)
       y = jax.lax.ragged_dot(
-        x.reshape(-1, x.shape[-1]), jnp.stack(weight), sizes
+        x.reshape(-1, x.shape[-1]),
+        jnp.stack(weight),
+        jnp.asarray([take.size for take in self._take], jnp.int32),
       )
       return (y.reshape(1, -1, y.shape[-1]),)
     return self.apply(lambda x, w: x @ w, stream, weight)
 
   def _split(self, x: jax.Array) -> Routed:
-    groups = self.layout.place.shape[0]
-    ends = np.cumsum([t.size for t in self.layout.take])[:-1]
+    groups = self._take[0].shape[0]
+    ends = np.cumsum([take.size for take in self._take])[:-1]
     return tuple(
       part.reshape(groups, -1, *x.shape[2:])
       for part in jnp.split(x, ends, axis=1)
     )
+
+  @property
+  def _take(self) -> tuple[Array, ...]:
+    if self.layout is None:
+      raise ValueError("a router without layout has no routed order")
+    return self.layout.take
 
 
 def _join(routed: Routed) -> jax.Array:

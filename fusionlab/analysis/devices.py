@@ -1,6 +1,6 @@
 """Peak dense bfloat16 FLOPs/s of accelerators, for model FLOPs utilisation."""
 
-import jax
+from typing import Any
 
 # Vendors' figures for dense bfloat16, by a part of `device.device_kind`; the
 # first match counts, so longer names stand before those they contain.
@@ -24,11 +24,11 @@ _PEAK_FLOPS = (
 )
 
 
-def peak_flops(device: jax.Device) -> float | None:
+def peak_flops(device: Any) -> float | None:
   """Peak FLOPs/s of a device; None where it is not known (every CPU).
 
   Args:
-    device: one of `jax.devices()`.
+    device: a `jax.Device`.
   """
   for kind, flops in _PEAK_FLOPS:
     if kind in device.device_kind:

@@ -47,9 +47,7 @@ def count(config: TransformerConfig, vocab_size: int) -> ParameterCount:
   from fusionlab.models import MODELS
 
   sizes = (vocab_size,) + (0,) * (len(config.modalities) - 1)
-  model = MODELS.load(config.kind)(
-    config, Vocabulary(config.modalities, sizes)
-  )
+  model = MODELS.load(config.kind)(config, Vocabulary(config.modalities, sizes))
   leaves = jax.tree.leaves_with_path(abstract_params(model))
   towers = config.routed_towers.names
   per_tower = dict.fromkeys(("shared", *towers), 0)

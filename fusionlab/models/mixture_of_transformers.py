@@ -32,8 +32,6 @@ class MixtureOfTransformersConfig(TransformerConfig):
 class MixtureOfTransformers(Transformer):
   """The decoder with one tower per modality."""
 
-  config: MixtureOfTransformersConfig
-
   Config = MixtureOfTransformersConfig
 
 

@@ -41,7 +41,8 @@ class TransformerConfig:
     ("text", "image"), "names; the index is the modality id"
   )
   towers: tuple[int, ...] = option(
-    (0, 1), "tower of each modality: (0, 1) MoT, (0, 1, 1) leave-one-out, …",
+    (0, 1),
+    "tower of each modality: (0, 1) MoT, (0, 1, 1) leave-one-out, …",
     minimum=0,
   )
   untie: str = option("", "parameters that are per tower, by name; '' is dense")
@@ -57,38 +58,46 @@ class TransformerConfig:
     0, "ids in all; 0: what the tokenizers have", minimum=0
   )
   norm_placement: str = option(
-    "swin", "norm before the sub-layer, or on its output",
+    "swin",
+    "norm before the sub-layer, or on its output",
     choices=("pre", "swin"),
   )
   norm_eps: float = option(1e-5, "added to the mean square", minimum=0.0)
   qk_norm: str = option(
-    "rms", "norm of queries and keys over a head",
+    "rms",
+    "norm of queries and keys over a head",
     choices=("none", "rms", "layer"),
   )
   rope_base: float = option(
     10000.0, "base of the rotary frequencies", minimum=1.0
   )
   dropout: float = option(
-    0.0, "dropout after attention and FFN (Chameleon-7B: 0.1)", minimum=0.0,
+    0.0,
+    "dropout after attention and FFN (Chameleon-7B: 0.1)",
+    minimum=0.0,
     maximum=0.99,
   )
   tie_embeddings: bool = option(False, "one table for input and output")
   dispatch: str = option(
-    "layout", "how a token meets its tower",
+    "layout",
+    "how a token meets its tower",
     choices=("layout", "ragged", "select"),
   )
   attention: str = option(
-    "auto", "implementation of attention, by name",
+    "auto",
+    "implementation of attention, by name",
     choices=("auto", "reference", "xla_blockwise"),
   )
   remat: str = option(
-    "none", "what the backward pass recomputes: none, full (everything), dots"
+    "none",
+    "what the backward pass recomputes: none, full (everything), dots"
     " (all but matmuls), dots_no_batch",
     choices=("none", "full", "dots", "dots_no_batch"),
   )
   scan_unroll: int = option(1, "layers unrolled per scan step", minimum=1)
   compute_dtype: str = option(
-    "auto", "auto: bfloat16 on accelerators, float32 on CPU",
+    "auto",
+    "auto: bfloat16 on accelerators, float32 on CPU",
     choices=("auto", "float32", "bfloat16"),
   )
 
@@ -237,7 +246,7 @@ class Transformer(nn.Module):
 
   @property
   def compute_dtype(self) -> Any:
-    """dtype of matmuls; parameters, norms and softmax stay float32."""
+    """Dtype of matmuls; parameters, norms and softmax stay float32."""
     name = self.config.compute_dtype
     if name == "auto":
       name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -258,8 +267,8 @@ class Transformer(nn.Module):
     """
     c = self.config
     towers = c.routed_towers
-    batch = jax.tree.map(jnp.asarray, batch)
-    embed = self.param(
+    inputs: Any = jax.tree.map(jnp.asarray, batch)
+    embed: Any = self.param(
       "embed",
       nn.with_partitioning(fan_in(c.dim), (axes.VOCAB, axes.EMBED)),
       (self.vocab_size, c.dim),
@@ -272,21 +281,19 @@ class Transformer(nn.Module):
         (c.dim, self.vocab_size),
         jnp.float32,
       )
-    router = make_router(towers, batch.layout, batch.modality, c.dispatch)
+    router = make_router(towers, inputs.layout, inputs.modality, c.dispatch)
     angles = rotary_angles(
-      batch.position, head_dim=c.width_of_head, base=c.rope_base
+      inputs.position, head_dim=c.width_of_head, base=c.rope_base
     )
     context = Context(
-      router, visibility_of(batch.k_start, batch.k_end, angles)
+      router, visibility_of(inputs.k_start, inputs.k_end, angles)
     )
-    x = embed.astype(self.compute_dtype)[batch.tokens]
+    x = embed.astype(self.compute_dtype)[inputs.tokens]
     stream = (constrain(x, (axes.ACT_BATCH,)),)
     if stays_routed(towers):
       stream = router.enter(stream)
     blocks = {"block": functools.partial(Block, c)}
-    stack = Stack(
-      blocks, c.num_layers, c.remat, c.scan_unroll, name="stack"
-    )
+    stack = Stack(blocks, c.num_layers, c.remat, c.scan_unroll, name="stack")
     nn.share_scope(self, stack)
     stream = stack(stream, context, train=train)
     norm = RMSNorm(towers, c.dim, "final_norm", c.norm_eps, name="final_norm")
@@ -297,6 +304,16 @@ class Transformer(nn.Module):
       stream = router.leave(stream)
     return constrain(stream[0], (axes.ACT_BATCH,))
 
+  def unembedding(self, params: Any) -> Float[Array, "d V"]:
+    """The output table, float32; hidden states times it are the logits.
+
+    Args:
+      params: the model's parameters.
+    """
+    return (
+      params["embed"].T if self.config.tie_embeddings else params["unembed"]
+    )
+
   def logits(
     self, params: Any, hidden: Float[Array, "*s d"]
   ) -> Float[Array, "*s V"]:
@@ -306,12 +323,10 @@ class Transformer(nn.Module):
       params: the model's parameters.
       hidden: what `apply` returned, or some positions of it.
     """
-    if self.config.tie_embeddings:
-      table = params["embed"].T
-    else:
-      table = params["unembed"]
     return jnp.matmul(
-      hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
+      hidden,
+      self.unembedding(params).astype(hidden.dtype),
+      preferred_element_type=jnp.float32,
     )
 
   def init_params(self, key: jax.Array) -> dict[str, Any]:
@@ -331,7 +346,7 @@ class Transformer(nn.Module):
       is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
     )
 
-  def _init(self, key: jax.Array) -> dict[str, Any]:
+  def _init(self, key: jax.Array) -> Any:
     return self.init(key, self._smallest_batch())["params"]
 
   def _smallest_batch(self) -> Batch:

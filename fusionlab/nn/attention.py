@@ -95,9 +95,7 @@ class Attention(nn.Module):
     dtype = stream[0].dtype
 
     def project(name: str, heads: int) -> jax.Array:
-      matrices = tuple(
-        m.reshape(d, heads * dh) for m in cast(w[name], dtype)
-      )
+      matrices = tuple(m.reshape(d, heads * dh) for m in cast(w[name], dtype))
       y = router.linear(stream, matrices)
       y = tuple(a.reshape(*a.shape[:-1], heads, dh) for a in y)
       if name != "v":

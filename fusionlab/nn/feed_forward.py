@@ -46,7 +46,5 @@ class FeedForward(nn.Module):
     dtype = stream[0].dtype
     gate = router.linear(stream, cast(w["w_gate"], dtype))
     up = router.linear(stream, cast(w["w_in"], dtype))
-    hidden = tuple(
-      jax.nn.silu(g) * u for g, u in zip(gate, up, strict=True)
-    )
+    hidden = tuple(jax.nn.silu(g) * u for g, u in zip(gate, up, strict=True))
     return router.linear(hidden, cast(w["w_out"], dtype))

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -38,7 +39,7 @@ class _Leaf(nn.Module):
   weights: Mapping[str, Weight]
 
   @nn.compact
-  def __call__(self) -> dict[str, jax.Array]:
+  def __call__(self) -> dict[str, Any]:
     return {
       name: self.param(
         name, nn.with_partitioning(w.init, w.axes), w.shape, jnp.float32

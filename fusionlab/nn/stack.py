@@ -5,7 +5,7 @@ unrolling and remat, so paths and shapes depend on the architecture alone.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -55,9 +55,7 @@ class Stack(nn.Module):
   unroll: int = 1
 
   @nn.compact
-  def __call__(
-    self, stream: Routed, context: Any, *, train: bool
-  ) -> Routed:
+  def __call__(self, stream: Routed, context: Any, *, train: bool) -> Routed:
     """Runs all layers.
 
     Args:
@@ -82,7 +80,7 @@ class Stack(nn.Module):
       period,
       variable_axes={"params": 0},
       split_rngs={"params": True, "dropout": True},
-      in_axes=nn.broadcast,
+      in_axes=cast(Any, nn.broadcast),
       length=self.num_layers // len(self.blocks),
       unroll=self.unroll,
       metadata_params={nn.PARTITION_NAME: axes.LAYERS},

@@ -22,5 +22,5 @@ class Mean:
     return Mean(self.total + other.total, self.count + other.count)
 
   def value(self) -> jax.Array:
-    """total / count; NaN where nothing was counted."""
+    """Total / count; NaN where nothing was counted."""
     return jnp.where(self.count > 0, self.total / self.count, jnp.nan)

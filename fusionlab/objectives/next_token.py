@@ -1,6 +1,7 @@
 """Next-token prediction over the shared vocabulary, per target modality."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -28,8 +29,8 @@ class NextTokenConfig:
 class NextToken:
   """mean over weighted targets of  −log p(target) + z_loss · log² Z.
 
-  Logits exist for `chunk` positions of a row at a time and are recomputed in
-  the backward pass, so nothing holds [B, L, V].
+  Logits exist for `chunk` positions of a row at a time, in the forward pass only,
+  which takes their gradient along; nothing holds [B, L, V].
   """
 
   Config = NextTokenConfig
@@ -56,7 +57,7 @@ class NextToken:
     """Runs the model and scores its predictions.
 
     Args:
-      model: has `apply` and `logits`.
+      model: has `apply` and `unembedding`.
       params: its parameters.
       batch: rows of packed documents.
       train: whether dropout acts.
@@ -70,15 +71,15 @@ class NextToken:
     batch = jax.tree.map(jnp.asarray, batch)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     hidden = model.apply({"params": params}, batch, train=train, rngs=rngs)
-    sums = self._score(model, params, hidden, batch)
+    scored: Any = _scored(
+      self, hidden, model.unembedding(params), batch.target, batch.weight
+    )
+    loss, sums = scored
     names = self.vocabulary.modalities
     nll, weight = sums["nll"], sums["weight"]
-    total_weight = weight.sum()
     means = {
-      "loss": Mean(
-        nll.sum() + self.config.z_loss * sums["z"], total_weight
-      ),
-      "z_loss": Mean(sums["z"], total_weight),
+      "loss": Mean(loss, weight.sum()),
+      "z_loss": Mean(sums["z"], weight.sum()),
     }
     one = jnp.ones((), jnp.float32)
     for i, name in enumerate(names):
@@ -90,58 +91,98 @@ class NextToken:
     )
     return means
 
-  def _score(
-    self, model: Any, params: Any, hidden: jax.Array, batch: Batch
-  ) -> dict[str, jax.Array]:
-    rows, length, _ = hidden.shape
-    chunks = -(-length // self.config.chunk)
-    size = -(-length // chunks)
 
-    def split(x: jax.Array) -> jax.Array:
-      """[B, L, ...] to [chunks, B, size, ...]: rows stay whole for sharding."""
-      pad = [(0, 0), (0, chunks * size - length)] + [(0, 0)] * (x.ndim - 2)
-      x = jnp.pad(x, pad).reshape(rows, chunks, size, *x.shape[2:])
-      return x.swapaxes(0, 1)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scored(objective, hidden, table, target, weight):
+  """(total loss to minimise, sums for the metrics) of all positions."""
+  return _scan(objective, hidden, table, target, weight, gradient=False)[:2]
 
-    @jax.checkpoint
-    def body(sums, chunk):
-      hidden, target, weight = chunk
-      logits = model.logits(params, hidden)
-      log_z = jax.nn.logsumexp(logits, axis=-1)
-      # One-hot by comparison: a gather's transpose would be a scatter.
-      hot = jnp.arange(logits.shape[-1]) == target[..., None]
-      chosen = jnp.sum(jnp.where(hot, logits, 0.0), axis=-1)
-      nll = log_z - chosen
+
+def _forward(objective, hidden, table, target, weight):
+  # The gradient of a chunk is taken while its logits exist: three matmuls, and
+  # neither logits kept nor logits computed twice.
+  loss, sums, pulled = _scan(
+    objective, hidden, table, target, weight, gradient=True
+  )
+  return (loss, sums), pulled
+
+
+def _backward(objective, pulled, cotangents):
+  g, _ = cotangents  # the metrics carry no gradient
+  d_hidden, d_table = pulled
+  scaled = (d_hidden * g).astype(d_hidden.dtype), d_table * g
+  return *scaled, None, None
+
+
+_scored.defvjp(_forward, _backward)
+
+
+def _scan(objective, hidden, table, target, weight, *, gradient):
+  """Goes through the rows by chunks of positions."""
+  config, vocabulary = objective.config, objective.vocabulary
+  rows, length, width = hidden.shape
+  chunks = -(-length // config.chunk)
+  size = -(-length // chunks)
+  names = len(vocabulary.modalities)
+  # Ids beyond the tokenizers' stand for no bytes.
+  bytes_of = np.zeros(table.shape[-1], np.float32)
+  bytes_of[: objective.token_bytes.size] = objective.token_bytes
+  compute_table = table.astype(hidden.dtype)
+
+  def split(x):
+    """[B, L, ...] to [chunks, B, size, ...]: rows stay whole for sharding."""
+    pad = [(0, 0), (0, chunks * size - length)] + [(0, 0)] * (x.ndim - 2)
+    x = jnp.pad(x, pad).reshape(rows, chunks, size, *x.shape[2:])
+    return x.swapaxes(0, 1)
+
+  def body(carry, chunk):
+    (loss, sums, d_table), (h, target, weight) = carry, chunk
+    logits = jnp.matmul(h, compute_table, preferred_element_type=jnp.float32)
+    top = logits.max(axis=-1)
+    exponentials = jnp.exp(logits - top[..., None])
+    total = exponentials.sum(-1)
+    log_z = top + jnp.log(total)
+    # One-hot by comparison: a gather's transpose would be a scatter.
+    hot = jnp.arange(logits.shape[-1]) == target[..., None]
+    chosen = jnp.sum(jnp.where(hot, logits, 0.0), axis=-1)
+    nll = log_z - chosen
+    per = weight * (
+      vocabulary.modality_of(target) == jnp.arange(names)[:, None, None]
+    )
+    size_in_bytes = jnp.asarray(bytes_of)[target]
+    new = {
+      "nll": (per * nll).sum((1, 2)),
       # As argmax == target, which XLA's CPU backend does 5x slower than max.
-      correct = chosen >= logits.max(axis=-1)
-      modality = self.vocabulary.modality_of(target)
-      per = weight * (
-        modality == jnp.arange(len(self.vocabulary.modalities))[:, None, None]
-      )
-      # Ids beyond the tokenizers' stand for no bytes.
-      table = np.zeros(logits.shape[-1], np.float32)
-      table[: self.token_bytes.size] = self.token_bytes
-      bytes_ = jnp.asarray(table)[target]
-      new = {
-        "nll": (per * nll).sum((1, 2)),
-        "correct": (per * correct).sum((1, 2)),
-        "weight": per.sum((1, 2)),
-        "z": (weight * log_z**2).sum(),
-        "byte_nll": (per[0] * nll * (bytes_ > 0)).sum(),
-        "bytes": (per[0] * bytes_).sum(),
-      }
-      return jax.tree.map(jnp.add, sums, new), None
-
-    k = len(self.vocabulary.modalities)
-    zero = jnp.zeros((), jnp.float32)
-    sums = {
-      "nll": jnp.zeros(k),
-      "correct": jnp.zeros(k),
-      "weight": jnp.zeros(k),
-      "z": zero,
-      "byte_nll": zero,
-      "bytes": zero,
+      "correct": (per * (chosen >= top)).sum((1, 2)),
+      "weight": per.sum((1, 2)),
+      "z": (weight * log_z**2).sum(),
+      "byte_nll": (per[0] * nll * (size_in_bytes > 0)).sum(),
+      "bytes": (per[0] * size_in_bytes).sum(),
     }
-    split_batch = (split(hidden), split(batch.target), split(batch.weight))
-    sums, _ = jax.lax.scan(body, sums, split_batch)
-    return sums
+    sums = jax.tree.map(jnp.add, sums, new)
+    loss += (weight * (nll + config.z_loss * log_z**2)).sum()
+    if not gradient:
+      return (loss, sums, d_table), None
+    # d loss / d logits = w · (softmax · (1 + 2 z_loss log Z) − one-hot).
+    slope = weight * (1 + 2 * config.z_loss * log_z) / total
+    d_logits = exponentials * slope[..., None]
+    d_logits -= jnp.where(hot, weight[..., None], 0.0)
+    d_logits = d_logits.astype(h.dtype)
+    d_h = jnp.matmul(d_logits, compute_table.T)
+    d_table += jnp.einsum(
+      "BLD,BLV->DV", h, d_logits, preferred_element_type=jnp.float32
+    )
+    return (loss, sums, d_table), d_h
+
+  zero = jnp.zeros((), jnp.float32)
+  sums = dict.fromkeys(("nll", "correct", "weight"), jnp.zeros(names))
+  sums |= dict.fromkeys(("z", "byte_nll", "bytes"), zero)
+  d_table = jnp.zeros(table.shape if gradient else (), jnp.float32)
+  scanned: Any = jax.lax.scan(
+    body, (zero, sums, d_table), (split(hidden), split(target), split(weight))
+  )
+  (loss, sums, d_table), d_hidden = scanned
+  if not gradient:
+    return loss, sums, None
+  d_hidden = d_hidden.swapaxes(0, 1).reshape(rows, chunks * size, width)
+  return loss, sums, (d_hidden[:, :length], d_table)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -63,14 +64,12 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
   return tuple(sizes.values())
 
 
-def make_mesh(
-  config: MeshConfig, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   """Builds the device mesh with Auto axis types.
 
   Args:
     config: preset and sizes.
-    devices: default `jax.devices()`.
+    devices: of one platform; default `jax.devices()`.
 
   Raises:
     UserError: see `mesh_shape`; or a preset whose platform is not there.

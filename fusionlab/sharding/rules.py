@@ -41,7 +41,9 @@ def spec(names: Sequence[str | None]) -> PartitionSpec:
     if name is not None and name not in RULES:
       raise UserError(f"unknown axis name {name!r}{nearest(name, RULES)}")
     entry = None if name is None else RULES[name]
-    mesh_axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
+    mesh_axes = (
+      () if entry is None else (entry,) if isinstance(entry, str) else entry
+    )
     if used & set(mesh_axes):
       raise UserError(
         f"axes {tuple(names)} put mesh axis {sorted(used & set(mesh_axes))}"

@@ -90,7 +90,9 @@ def layout_of(
   """
   if max(towers) == 0:
     return None
-  tower = np.asarray(towers)[modality].reshape(-1, group_rows * modality.shape[1])
+  tower = np.asarray(towers)[modality].reshape(
+    -1, group_rows * modality.shape[1]
+  )
   used = real.reshape(tower.shape)
   counts = [
     int(((tower == k) & used).sum(1).max()) for k in range(max(towers) + 1)

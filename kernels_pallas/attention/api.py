@@ -54,15 +54,14 @@ def attention(
       f"causal attention of {q.shape[1]} queries to {k.shape[1]} keys: pass"
       f" causal=False and intervals"
     )
-  if scale is None:
-    scale = q.shape[-1] ** -0.5
+  factor = q.shape[-1] ** -0.5 if scale is None else scale
   if implementation == "auto":
     implementation = "xla_blockwise"
     _log_choice(implementation, jax.default_backend())
   if implementation == "reference":
-    return reference.attention(q, k, v, k_start, k_end, scale=scale)
+    return reference.attention(q, k, v, k_start, k_end, scale=factor)
   return xla_blockwise.attention(
-    q, k, v, k_start, k_end, scale=scale, causal=causal
+    q, k, v, k_start, k_end, scale=factor, causal=causal
   )
 
 

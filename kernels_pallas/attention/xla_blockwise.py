@@ -44,7 +44,7 @@ def attention(
   # is left inside a block.
   q = q.reshape(rows, queries, groups, heads // groups, width)
   q = q.transpose(0, 2, 3, 1, 4) * jnp.asarray(scale, q.dtype)
-  out = _attend(
+  out: jax.Array = _attend(
     causal,
     q,
     k.transpose(0, 2, 1, 3),

@@ -1,7 +1,6 @@
 """MoT's exact properties (M1-M10), routed against the select oracle."""
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -10,9 +9,6 @@ import numpy as np
 import pytest
 
 from fusionlab.analysis import flops, parameters
-from fusionlab.batch import Vocabulary
-from fusionlab.errors import UserError
-from fusionlab.models import build_model
 from fusionlab.models.mixture_of_transformers import (
   SIZES,
   MixtureOfTransformersConfig,
@@ -20,83 +16,16 @@ from fusionlab.models.mixture_of_transformers import (
 from fusionlab.objectives import build_objective
 from fusionlab.objectives.next_token import NextTokenConfig
 from fusionlab.routing import UNTIE_NAMES
-from fusionlab.testing.batches import random_batch
-
-NAMES = ("text", "image", "speech")
-
-
-def vocabulary(k):
-  """Vocabulary of k modalities with 40 ids each."""
-  return Vocabulary(NAMES[:k], (40,) * k, begin=(0,) * k, end=(0,) * k)
-
-
-def make(k=2, **changes):
-  """A tiny float32 model; scales are drawn so that norms are not neutral."""
-  settings = {
-    "modalities": NAMES[:k],
-    "towers": tuple(range(k)),
-    "dim": 32,
-    "num_layers": 2,
-    "num_heads": 4,
-    "ffn_dim": 48,
-    "compute_dtype": "float32",
-  } | changes
-  model = build_model(MixtureOfTransformersConfig(**settings), vocabulary(k))
-  shapes = parameters.abstract_params(model)
-  rng = np.random.default_rng(1)
-  params = jax.tree.map_with_path(
-    lambda path, leaf: jnp.asarray(
-      rng.normal(size=leaf.shape) * 0.2
-      + ("scale" in parameters.path_name(path)),
-      leaf.dtype,
-    ),
-    shapes,
-  )
-  return model, params
-
-
-def batch_for(model, seed=0, rows=2, length=24, **options):
-  """A random interleaving for the model's vocabulary and towers."""
-  towers = model.config.routed_towers.of_modality
-  return random_batch(
-    np.random.default_rng(seed),
-    model.vocabulary,
-    rows=rows,
-    length=length,
-    towers=towers,
-    **options,
-  )
-
-
-def loss_and_grad(model, params, batch):
-  """Mean loss and gradient tree."""
-  objective = build_objective(
-    NextTokenConfig(), model.vocabulary, np.ones(40, np.int32)
-  )
-
-  def f(p):
-    mean = objective(model, p, batch, train=True)["loss"]
-    return mean.total / mean.count
-
-  return jax.jit(jax.value_and_grad(f))(params)
-
-
-def apply(model, params, batch):
-  """Hidden states, compiled as one program."""
-  return jax.jit(lambda p, b: model.apply({"params": p}, b))(params, batch)
-
-
-def close(a, b, rtol=1e-5, atol=1e-6):
-  """Trees equal to float32 rounding."""
-  jax.tree.map(
-    lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b
-  )
-
-
-def on_real(hidden, batch):
-  """Hidden states of real positions only."""
-  return np.asarray(hidden)[np.asarray(batch.segment) > 0]
-
+from fusionlab.testing.batches import layout_of
+from tests.models.tiny import (
+  NAMES,
+  apply,
+  batch_for,
+  close,
+  loss_and_grad,
+  make,
+  on_real,
+)
 
 PACKED = {"rows": 4, "group_rows": 2, "padding": 5, "documents": 3}
 
@@ -158,7 +87,7 @@ def test_m1_identical_towers_are_the_dense_model():
 
   def copy(tree):
     if isinstance(tree, dict) and "shared" in tree:
-      return {name: tree["shared"] for name in ("text", "image")}
+      return dict.fromkeys(("text", "image"), tree["shared"])
     if isinstance(tree, dict):
       return {name: copy(sub) for name, sub in tree.items()}
     return tree
@@ -178,7 +107,7 @@ def test_m8_tower_gradients_sum_to_the_dense_gradient():
 
   def copy(tree):
     if isinstance(tree, dict) and "shared" in tree:
-      return {name: tree["shared"] for name in ("text", "image")}
+      return dict.fromkeys(("text", "image"), tree["shared"])
     if isinstance(tree, dict):
       return {name: copy(sub) for name, sub in tree.items()}
     return tree
@@ -252,16 +181,14 @@ def test_m5_image_weights_act_from_the_first_image_token_on():
   model, params = make()
   batch = batch_for(model, rows=1, length=16, present=(0,))
   modality = np.asarray([[0] * 6 + [1] * 4 + [0] * 6], np.int32)
-  from fusionlab.testing.batches import layout_of
-
   batch = batch.replace(
     modality=modality,
     layout=layout_of(modality, modality >= 0, (0, 1), group_rows=1),
   )
   changed = jax.tree.map_with_path(
-    lambda path, leaf: leaf + 0.3
-    if "/image/" in parameters.path_name(path)
-    else leaf,
+    lambda path, leaf: (
+      leaf + 0.3 if "/image/" in parameters.path_name(path) else leaf
+    ),
     params,
   )
   before, after = (apply(model, p, batch) for p in (params, changed))
@@ -283,7 +210,9 @@ def test_m6_causality_by_gradient(placement, implementation):
     out = model.apply({"params": params | {"embed": embed}}, batch)
     return jnp.linalg.norm(out[0], axis=-1) + out[0].sum(-1)
 
-  influence = np.abs(jax.jit(jax.jacrev(hidden))(params["embed"])).sum(-1)[:, :12]
+  influence = np.abs(jax.jit(jax.jacrev(hidden))(params["embed"])).sum(-1)[
+    :, :12
+  ]
   segment = np.asarray(batch.segment[0])
   allowed = np.tri(12, dtype=bool) & (segment[:, None] == segment)
   assert (influence[allowed] > 0).all()
@@ -320,7 +249,9 @@ def test_the_step_has_one_scatter_the_embeddings_gradient():
   objective = build_objective(
     NextTokenConfig(), model.vocabulary, np.ones(40, np.int32)
   )
-  step = jax.grad(lambda p: objective(model, p, batch, train=True)["loss"].total)
+  step = jax.grad(
+    lambda p: objective(model, p, batch, train=True)["loss"].total
+  )
   text = jax.jit(step).lower(params).compile().as_text()
   assert text.count(" scatter(") == 1
 
@@ -372,7 +303,9 @@ def test_m9_equals_algorithm_1_in_numpy(placement):
     for i, name in enumerate(names):
       w = layer["ffn"][name]
       gate = x[i] @ w["w_gate"]
-      rows.append((gate / (1 + np.exp(-gate)) * (x[i] @ w["w_in"])) @ w["w_out"])
+      rows.append(
+        (gate / (1 + np.exp(-gate)) * (x[i] @ w["w_in"])) @ w["w_out"]
+      )
     return np.stack(rows)
 
   for f, norm_name in ((attention, "mixer_norm"), (ffn, "ffn_norm")):
@@ -432,61 +365,3 @@ def test_sizes_have_the_papers_parameter_counts(name, k):
   assert counts.total == pytest.approx(expected, rel=1e-3)
   dense = parameters.count(dataclasses.replace(config, untie=""), 65_536)
   assert counts.active == dense.total
-
-
-@pytest.mark.parametrize("remat", ["full", "dots", "dots_no_batch"])
-def test_remat_and_unrolling_change_neither_tree_nor_values(remat):
-  """Paths, shapes and results depend on the architecture alone."""
-  model, params = make()
-  other, others = make(remat=remat, scan_unroll=2)
-  assert jax.tree.structure(params) == jax.tree.structure(others)
-  batch = batch_for(model)
-  close(
-    loss_and_grad(model, params, batch),
-    loss_and_grad(other, params, batch),
-    rtol=1e-4,
-  )
-
-
-def test_dropout_acts_in_training_only():
-  """Dropout changes the training pass, follows its key, spares evaluation."""
-  model, params = make(dropout=0.3)
-  batch = batch_for(model)
-
-  @functools.partial(jax.jit, static_argnums=0)
-  def run(train, key):
-    rngs = {"dropout": jax.random.key(key)}
-    return model.apply({"params": params}, batch, train=train, rngs=rngs)
-
-  np.testing.assert_array_equal(run(False, 0), run(False, 1))
-  np.testing.assert_array_equal(run(True, 0), run(True, 0))
-  assert np.abs(run(True, 0) - run(True, 1)).max() > 1e-3
-
-
-def test_tied_embeddings_share_the_table():
-  """tie_embeddings leaves no output table."""
-  model, params = make(tie_embeddings=True)
-  assert "unembed" not in params
-  hidden = apply(model, params, batch_for(model))
-  assert model.logits(params, hidden).shape == (2, 24, 80)
-
-
-def test_bfloat16_compute_keeps_parameters_and_loss_in_float32():
-  """Only matmul inputs are bfloat16."""
-  model, params = make(compute_dtype="bfloat16")
-  loss, grads = loss_and_grad(model, params, batch_for(model))
-  hidden = apply(model, params, batch_for(model))
-  assert hidden.dtype == jnp.bfloat16
-  assert loss.dtype == jnp.float32
-  assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
-  reference, _ = make()
-  expected, _ = loss_and_grad(reference, params, batch_for(model))
-  np.testing.assert_allclose(loss, expected, rtol=2e-2)
-
-
-def test_a_batch_without_layout_is_refused():
-  """Several towers need a layout; the message says how to make it."""
-  model, params = make()
-  batch = batch_for(model).replace(layout=None)
-  with pytest.raises(UserError, match="make_layout"):
-    model.apply({"params": params}, batch)

@@ -64,7 +64,10 @@ def test_chunked_equals_plain(chunk):
     g_expected,
   )
   nll, w = np.asarray(nll), batch.weight
-  for name, is_mine in (("text", batch.target < 30), ("image", batch.target >= 30)):
+  for name, is_mine in (
+    ("text", batch.target < 30),
+    ("image", batch.target >= 30),
+  ):
     mine = w * is_mine
     assert means[f"tokens/{name}"].value() == mine.sum()
     np.testing.assert_allclose(
@@ -101,7 +104,9 @@ def test_temporaries_do_not_grow_with_the_vocabulary_times_length():
     batch = random_batch(
       np.random.default_rng(0), vocabulary, rows=1, length=length, towers=(0,)
     )
-    step = jax.grad(lambda p, b: objective(model, p, b, train=True)["loss"].total)
+    step = jax.grad(
+      lambda p, b: objective(model, p, b, train=True)["loss"].total
+    )
     compiled = jax.jit(step).lower(params, batch).compile()
     sizes.append(compiled.memory_analysis().temp_size_in_bytes)
   assert sizes[1] - sizes[0] < 0.25 * 768 * 65_536 * 4

@@ -158,12 +158,10 @@ def test_groups_that_do_not_split_are_refused():
   batch = random_batch(
     np.random.default_rng(0), VOCABULARY, rows=8, length=16, towers=(0, 1)
   )
-  with pytest.raises(UserError, match="config.data.group_rows"):
+  with pytest.raises(UserError, match=r"config\.data\.group_rows"):
     rules.batch_shardings(batch, mesh)
   with pytest.raises(UserError, match="multiple of 8"):
-    rules.batch_shardings(
-      batch.replace(tokens=batch.tokens[:6]), mesh
-    )
+    rules.batch_shardings(batch.replace(tokens=batch.tokens[:6]), mesh)
 
 
 def test_unknown_and_colliding_axes_are_refused():

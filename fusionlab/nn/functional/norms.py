@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 def rms_norm(
   x: Float[Array, "*s d"], scale: Float[Array, " d"], *, eps: float
 ) -> Float[Array, "*s d"]:
-  """x · rsqrt(mean x² + eps) · scale (Zhang & Sennrich 2019, Eq. 4).
+  """X · rsqrt(mean x² + eps) · scale (Zhang & Sennrich 2019, Eq. 4).
 
   Args:
     x: any dtype; the result has it too.
