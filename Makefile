@@ -28,7 +28,7 @@ demo: $(VENV)/.demo
 	  --config=configs/mot_chameleon.py --workdir=$$run
 
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

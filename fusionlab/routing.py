@@ -195,6 +195,24 @@ _unroute.defvjp(
 )
 
 
+@jax.custom_vjp
+def _linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+  return x @ weight
+
+
+def _linear_backward(
+  saved: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  # XLA's CPU backend transposes the first operand of xᵀg and fuses that with
+  # whatever made it. Autodiff puts g first, so the activation's derivative ran
+  # against the grain of memory: a SwiGLU's gradient took 2.5x as long.
+  x, weight = saved
+  return g @ weight.T, jnp.einsum("...d,...f->df", x, g)
+
+
+_linear.defvjp(lambda x, weight: (x @ weight, (x, weight)), _linear_backward)
+
+
 def route(x: Float[Array, "B L *f"], layout: Layout | None) -> Routed:
   """Moves a sequence-order array into one array per tower, by gathers.
 
@@ -350,7 +368,7 @@ class Router:
         jnp.asarray([take.size for take in self._take], jnp.int32),
       )
       return (y.reshape(1, -1, y.shape[-1]),)
-    return self.apply(lambda x, w: x @ w, stream, weight)
+    return self.apply(_linear, stream, weight)
 
   def _split(self, x: jax.Array) -> Routed:
     groups = self._take[0].shape[0]

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Written by the first version of the checkpoint format; never changed.
-FIXTURE = ROOT / "tests" / "fixtures" / "checkpoint_v1"
+FIXTURE = ROOT / "tests" / "train" / "fixtures" / "checkpoint_v1"
 
 
 def run(*words: object, cwd: pathlib.Path, **env: str) -> str:

@@ -36,7 +36,7 @@ class OptimizerConfig:
   )
   weight_decay: float = option(0.1, "decoupled weight decay", minimum=0.0)
   no_decay: str = option(
-    r"(norm|embed)", "regular expression of parameter paths without decay"
+    r"(norm|\bembed)", "regular expression of parameter paths without decay"
   )
   clip_norm: float = option(
     1.0,

@@ -98,7 +98,7 @@ def _pattern(config: OptimizerConfig) -> re.Pattern[str] | None:
   except re.error as error:
     raise ConfigError(
       f"config.optimizer.no_decay={config.no_decay!r} is not a regular"
-      f" expression ({error}); e.g. '(norm|embed)'"
+      f" expression ({error}); e.g. '(norm|bias)'"
     ) from None
 
 

@@ -1,9 +1,10 @@
 """Attention by blocks of queries in plain XLA, with a backward pass of its own.
 
-Query blocks are unrolled; with `causal` each meets the keys up to its own end
-only, so half of the scores are never computed. The backward pass recomputes a
-block's weights from the saved log-sum-exp (FlashAttention-2, arXiv 2307.08691,
-Algorithm 2), so memory grows with L, not L².
+With `causal` the queries are cut into segments, unrolled, that meet the keys up to
+their own end only, so nearly half of the scores are never computed; a segment scans
+over its blocks. The backward pass recomputes a block's weights from the saved
+log-sum-exp (FlashAttention-2, arXiv 2307.08691, Algorithm 2), so memory grows with
+L, not L².
 """
 
 import functools
@@ -13,8 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 _MASKED = -1e30
-_MIN_BLOCK = 128
-_MAX_BLOCKS = 32
+# 128 queries use a core's cache best; 8 segments compute 1/16 of the scores of
+# a long row in vain, and no more blocks than that are ever in memory together.
+_MAX_BLOCK = 128
+_MAX_SEGMENTS = 8
 
 
 def attention(
@@ -55,12 +58,40 @@ def attention(
   return out.transpose(0, 3, 1, 2, 4).reshape(rows, queries, heads, width)
 
 
-def _blocks(causal: bool, queries: int, keys: int):
-  """(start, stop, keys in reach) of each block of queries."""
-  size = max(_MIN_BLOCK, -(-queries // _MAX_BLOCKS))
-  for start in range(0, queries, size):
-    stop = min(start + size, queries)
-    yield start, stop, stop if causal else keys
+def _cut(causal: bool, queries: int, keys: int):
+  """Cuts the queries: (block size, padding, segments of (start, stop, reach)).
+
+  Blocks of one segment run one after another and share the keys in reach.
+  """
+  blocks = -(-queries // _MAX_BLOCK)
+  size = -(-queries // blocks)
+  step = -(-blocks // _MAX_SEGMENTS) * size if causal else blocks * size
+  padded = blocks * size
+  segments = [
+    (start, min(start + step, padded), min(start + step, keys))
+    if causal
+    else (start, padded, keys)
+    for start in range(0, padded, step)
+  ]
+  return size, padded - queries, segments
+
+
+def _split(x, start: int, stop: int, size: int):
+  """[B, G, R, Q, f] to its blocks between two positions, [n, B, G, R, q, f]."""
+  x = x[..., start:stop, :]
+  x = x.reshape(*x.shape[:3], (stop - start) // size, size, x.shape[-1])
+  return jnp.moveaxis(x, 3, 0)
+
+
+def _join(blocks):
+  """Inverse of `_split` for all segments."""
+  x = jnp.moveaxis(jnp.concatenate(blocks), 0, 3)
+  return x.reshape(*x.shape[:3], -1, x.shape[-1])
+
+
+def _pad(x, padding: int):
+  """Adds queries at the end; zeros are intervals that see nothing."""
+  return jnp.pad(x, ((0, 0),) * 3 + ((0, padding), (0, 0)))
 
 
 def _scores(q, k, k_start, k_end):
@@ -78,66 +109,79 @@ def _attend(causal, q, k, v, k_start, k_end):
 
 
 def _forward(causal, q, k, v, k_start, k_end):
+  queries = q.shape[3]
+  size, padding, segments = _cut(causal, queries, k.shape[2])
+  padded = [_pad(x, padding) for x in (q, k_start, k_end)]
   outs, lses = [], []
-  for start, stop, reach in _blocks(causal, q.shape[3], k.shape[2]):
-    at = slice(start, stop)
-    scores = _scores(
-      q[..., at, :], k[:, :, :reach], k_start[..., at, :], k_end[..., at, :]
-    )
-    top = scores.max(-1, keepdims=True)
-    weights = jnp.exp(scores - top)
-    total = weights.sum(-1, keepdims=True)
-    # A query that sees nothing has all scores at the mask: its output is 0.
-    inverse = jnp.where(top > _MASKED / 2, 1.0 / total, 0.0)
-    out = jnp.einsum(
-      "BGRqs,BGsD->BGRqD", weights.astype(v.dtype), v[:, :, :reach],
-      preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    outs.append((out * inverse).astype(q.dtype))
-    # +inf makes the recomputed weights of an unseeing query exactly 0.
-    lses.append(jnp.where(top > _MASKED / 2, top + jnp.log(total), jnp.inf))
-  out, lse = jnp.concatenate(outs, 3), jnp.concatenate(lses, 3)
+  for start, stop, reach in segments:
+    keys, values = k[:, :, :reach], v[:, :, :reach]
+
+    def block(_, x, keys=keys, values=values):
+      scores = _scores(x[0], keys, *x[1:])
+      top = scores.max(-1, keepdims=True)
+      weights = jnp.exp(scores - top)
+      total = weights.sum(-1, keepdims=True)
+      out = jnp.einsum(
+        "BGRqs,BGsD->BGRqD", weights.astype(v.dtype), values,
+        preferred_element_type=jnp.float32,
+      )  # fmt: skip
+      # A query that sees nothing has all scores at the mask. Its output is 0,
+      # and +inf makes its recomputed weights exactly 0.
+      sees = top > _MASKED / 2
+      out = (out * jnp.where(sees, 1.0 / total, 0.0)).astype(q.dtype)
+      return None, (out, jnp.where(sees, top + jnp.log(total), jnp.inf))
+
+    xs = [_split(x, start, stop, size) for x in padded]
+    out, lse = jax.lax.scan(block, None, xs)[1]
+    outs.append(out)
+    lses.append(lse)
+  out = _join(outs)[..., :queries, :]
+  lse = _join(lses)[..., :queries, :]
   return out, (q, k, v, k_start, k_end, out, lse)
 
 
 def _backward(causal, residuals, g):
   q, k, v, k_start, k_end, out, lse = residuals
+  queries = q.shape[3]
   delta = jnp.sum(
     g.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True
   )
-  dk = jnp.zeros(k.shape, jnp.float32)
-  dv = jnp.zeros(v.shape, jnp.float32)
+  size, padding, segments = _cut(causal, queries, k.shape[2])
+  padded = [_pad(x, padding) for x in (q, k_start, k_end, g, lse, delta)]
+  dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
   dqs = []
-  for start, stop, reach in _blocks(causal, q.shape[3], k.shape[2]):
-    at = slice(start, stop)
-    qb, gb, kb = q[..., at, :], g[..., at, :], k[:, :, :reach]
-    scores = _scores(qb, kb, k_start[..., at, :], k_end[..., at, :])
-    weights = jnp.exp(scores - lse[..., at, :])
-    dw = jnp.einsum(
-      "BGRqD,BGsD->BGRqs", gb, v[:, :, :reach],
-      preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    ds = (weights * (dw - delta[..., at, :])).astype(q.dtype)
-    dqs.append(
-      jnp.einsum("BGRqs,BGsD->BGRqD", ds, kb, preferred_element_type=q.dtype)
-    )
+  for start, stop, reach in segments:
+    keys, values = k[:, :, :reach], v[:, :, :reach]
+
+    def block(sums, x, keys=keys, values=values):
+      qb, starts, ends, gb, lse, delta = x
+      weights = jnp.exp(_scores(qb, keys, starts, ends) - lse)
+      dw = jnp.einsum(
+        "BGRqD,BGsD->BGRqs", gb, values, preferred_element_type=jnp.float32
+      )
+      ds = (weights * (dw - delta)).astype(q.dtype)
+      dq = jnp.einsum(
+        "BGRqs,BGsD->BGRqD", ds, keys, preferred_element_type=q.dtype
+      )
+      dk = jnp.einsum(
+        "BGRqs,BGRqD->BGsD", ds, qb, preferred_element_type=jnp.float32
+      )
+      dv = jnp.einsum(
+        "BGRqs,BGRqD->BGsD", weights.astype(g.dtype), gb,
+        preferred_element_type=jnp.float32,
+      )  # fmt: skip
+      return (sums[0] + dk, sums[1] + dv), dq
+
+    zeros = (jnp.zeros(keys.shape, jnp.float32),) * 2
+    xs = [_split(x, start, stop, size) for x in padded]
+    sums, dq = jax.lax.scan(block, zeros, xs)
+    dqs.append(dq)
     # Adding to the first `reach` keys by padding: XLA's static-slice update of
     # an accumulator would be a scatter in the step.
     rest = ((0, 0), (0, 0), (0, k.shape[2] - reach), (0, 0))
-    dk += jnp.pad(
-      jnp.einsum(
-        "BGRqs,BGRqD->BGsD", ds, qb, preferred_element_type=jnp.float32
-      ),
-      rest,
-    )
-    dv += jnp.pad(
-      jnp.einsum(
-        "BGRqs,BGRqD->BGsD", weights.astype(g.dtype), gb,
-        preferred_element_type=jnp.float32,
-      ),
-      rest,
-    )  # fmt: skip
-  dq = jnp.concatenate(dqs, 3)
+    dk += jnp.pad(sums[0], rest)
+    dv += jnp.pad(sums[1], rest)
+  dq = _join(dqs)[..., :queries, :]
   return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 

@@ -129,5 +129,5 @@ def test_clip_norm_zero_never_clips():
 def test_bad_pattern_is_the_users_error():
   """An unbalanced bracket is named with an example of a good one."""
   config = dataclasses.replace(BASE, no_decay="(norm")
-  with pytest.raises(ConfigError, match=r"no_decay='\(norm'.*\(norm\|embed\)"):
+  with pytest.raises(ConfigError, match=r"no_decay='\(norm'.*\(norm\|bias\)"):
     make_optimizer(config, make_schedule(config, 10))
