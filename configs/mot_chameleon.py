@@ -78,7 +78,7 @@ def _tiny() -> Experiment:
       final_fraction=0.02,
       b2=0.98,
     ),
-    train=TrainConfig(batch_size=4, num_steps=800, max_seconds=480.0),
+    train=TrainConfig(batch_size=4, num_steps=600, max_seconds=480.0),
   )
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MODES = ("train", "evaluate", "summary")
 _EXAMPLE = "--config=configs/mot_chameleon.py"
-_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
+_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 _ILLEGAL = re.compile(r"flag --config\.([\w.]+)=(.*?): ", re.DOTALL)
 _TYPES = {
   int: "an integer",
@@ -100,7 +100,7 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> Options:
     raise UserError(str(error)) from error
   except flags.IllegalFlagValueError as error:
     raise UserError(_explain_type(str(error), values)) from error
-  except flags.Error as error:
+  except (flags.Error, ValueError) as error:
     raise UserError(str(error)) from error
   except SyntaxError as error:
     # From config_flags' literal_eval of a tuple's text.
@@ -150,6 +150,8 @@ class _ConfigFile(flags.ArgumentParser):
       if value and re.fullmatch(
         r"(model|objective|data\.sources\.\w+)\.kind", key
       ):
+        if key in ("model.kind", "objective.kind"):
+          _forget_defaults(mapping, key.removesuffix(".kind"))
         *sections, last = key.split(".")
         node = mapping
         for section in sections:
@@ -159,6 +161,22 @@ class _ConfigFile(flags.ArgumentParser):
     for key in self.overrides:
       _check_key(full, key)
     return config_dict.ConfigDict(full).lock()
+
+
+def _forget_defaults(mapping: dict[str, Any], section: str) -> None:
+  """Drops what a section has from its kind's own defaults.
+
+  The defaults of the kind that takes its place are then used instead.
+  """
+  from fusionlab.experiment import Experiment
+
+  old = getattr(Experiment.from_mapping(mapping), section)
+  defaults = to_mapping(type(old)())
+  mapping[section] = {
+    key: value
+    for key, value in mapping[section].items()
+    if value != defaults[key]
+  }
 
 
 def load_config(file: str, argument: str = "") -> dict[str, Any]:
@@ -184,9 +202,11 @@ def load_config(file: str, argument: str = "") -> dict[str, Any]:
     if argument and not inspect.signature(get_config).parameters:
       raise UserError(f"{file} takes no argument, got ':{argument}'")
     config = get_config(argument) if argument else get_config()
-  except (UserError, ImportError):
+  except UserError:
     raise
-  except Exception as error:
+  except (Exception, SystemExit) as error:
+    if isinstance(error, ModuleNotFoundError) and not _ours(error.name):
+      raise  # a package to install
     reason = f"{type(error).__name__}: {error}"
     raise UserError(f"{file} cannot be run: {reason}") from error
   if isinstance(config, config_dict.ConfigDict):
@@ -194,6 +214,10 @@ def load_config(file: str, argument: str = "") -> dict[str, Any]:
   if not isinstance(config, Mapping):
     raise UserError(f"get_config() of {file} must return a ConfigDict")
   return dict(config)
+
+
+def _ours(module: str | None) -> bool:
+  return (module or "").partition(".")[0] in ("fusionlab", "kernels_pallas")
 
 
 def _overrides(argv: Sequence[str]) -> dict[str, str | None]:
@@ -229,6 +253,8 @@ def _suggest(
   config: Mapping[str, Any], node: Mapping[str, Any], path: str, part: str
 ) -> str:
   """Nearest key of the same section, else of another one."""
+  if path == "config.data.sources" and not part.isidentifier():
+    return "; a source's name has letters, digits and _ only"
   if path == "config.data.sources":
     add = f"; --{path}.{part}.kind=image_folder would add a source of that name"
     return nearest(part, node).rstrip("?") + add

@@ -106,9 +106,8 @@ def _one_line(error: Exception) -> str:
       f" `pip install -e {install}` in the repository"
     )
   if isinstance(error, OSError) and not isinstance(error, UserError):
-    if not error.filename:
-      return ""
-    return f"{error.filename}: {error.strerror}"
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
   return " ".join(str(error).split())
 
 

@@ -136,6 +136,7 @@ def batch_of_ids(
   *,
   towers: Sequence[int],
   row_length: int = 0,
+  counts: Sequence[int] | None = None,
 ) -> Batch:
   """Makes a causal batch of one document per row, for use as a library.
 
@@ -144,14 +145,17 @@ def batch_of_ids(
     vocabulary: tells each id's modality.
     towers: tower of each modality, `model.config.routed_towers.of_modality`.
     row_length: L; 0 takes the longest document's length.
+    counts: places of each tower over all rows, summing to rows · L; the default
+      fits these documents alone. A compiled step serves all batches of the
+      same row length and counts.
 
   Returns:
     A numpy batch `[len(documents), L]`, padded at the end of the rows; each
     target is the next id of its document.
 
   Raises:
-    UserError: no document, an empty or too long one, or an id that the
-      vocabulary does not have.
+    UserError: no document, an empty or too long one, an id that the
+      vocabulary does not have, or counts that the documents do not fit.
   """
   lengths = [len(ids) for ids in documents]
   length = row_length or max(lengths, default=0)
@@ -180,9 +184,10 @@ def batch_of_ids(
   k_start, k_end = causal_intervals(segment, position)
   layout = None
   if max(towers) > 0:
-    tower = np.asarray(towers)[modality]
-    counts = [int(((tower == k) & real).sum()) for k in range(max(towers) + 1)]
-    counts[0] += real.size - sum(counts)
+    if counts is None:
+      tower = np.asarray(towers)[modality]
+      used = [int(((tower == k) & real).sum()) for k in range(max(towers) + 1)]
+      counts = [real.size - sum(used[1:]), *used[1:]]
     layout = make_layout(
       modality, real, towers=towers, counts=counts, group_rows=len(lengths)
     )

@@ -6,6 +6,7 @@ dataclasses made here. Every room owns the dataclass of its own settings
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -120,7 +121,8 @@ def _value(hint: Any, metadata: Mapping[str, Any], value: Any, where: str):
   if kind_of is not None:
     if not isinstance(value, Mapping) or "kind" not in value:
       raise ConfigError(f"{where} must be a section with a key 'kind'")
-    return from_mapping(kind_of(value["kind"]), value, where)
+    kind = _scalar(str, {}, value["kind"], f"{where}.kind")
+    return from_mapping(kind_of(kind), value, where)
   if dataclasses.is_dataclass(hint):
     return from_mapping(typing.cast(type, hint), value, where)
   origin = typing.get_origin(hint)
@@ -135,6 +137,13 @@ def _value(hint: Any, metadata: Mapping[str, Any], value: Any, where: str):
       raise ConfigError(
         f"{where}={value!r} must be a sequence of {item.__name__}"
       )
+    if item is str:
+      # A command line gives `a,b` as one string.
+      value = [
+        part.strip() if isinstance(part, str) else part
+        for v in value
+        for part in (v.split(",") if isinstance(v, str) else (v,))
+      ]
     return tuple(_scalar(item, metadata, v, where) for v in value)
   return _scalar(hint, metadata, value, where)
 
@@ -147,6 +156,8 @@ def _scalar(hint: type, metadata: Mapping[str, Any], value: Any, where: str):
       f"{where}={value!r} is a {type(value).__name__};"
       f" it must be a {hint.__name__}"
     )
+  if isinstance(value, float) and not math.isfinite(value):
+    raise ConfigError(f"{where}={value!r} must be a finite number")
   choices = metadata.get("choices")
   if choices is not None and value not in choices:
     hint_text = nearest(str(value), map(str, choices))

@@ -15,14 +15,6 @@ from fusionlab.sharding.mesh import MeshConfig
 from fusionlab.train.config import OptimizerConfig, TrainConfig
 
 
-def _model_config(kind: str) -> type:
-  return MODELS.load(kind).Config
-
-
-def _objective_config(kind: str) -> type:
-  return OBJECTIVES.load(kind).Config
-
-
 @dataclasses.dataclass(frozen=True)
 class Experiment:
   """What `configs/*.py` describe and `config.json` records.
@@ -32,10 +24,10 @@ class Experiment:
   """
 
   model: TransformerConfig = option(
-    TransformerConfig, "the architecture", kind_of=_model_config
+    TransformerConfig, "the architecture", kind_of=MODELS.config_class
   )
   objective: NextTokenConfig = option(
-    NextTokenConfig, "what is minimised", kind_of=_objective_config
+    NextTokenConfig, "what is minimised", kind_of=OBJECTIVES.config_class
   )
   data: DataConfig = option(DataConfig, "documents, rows and groups")
   optimizer: OptimizerConfig = option(OptimizerConfig, "AdamW and schedule")

@@ -1,8 +1,9 @@
 """Kinds by name: a registered word, or `package.module:Class` from outside."""
 
+import dataclasses
 import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from fusionlab.errors import UserError, nearest
 
@@ -21,6 +22,20 @@ class Registry:
   def __init__(self, noun: str, entries: Mapping[str, str]):
     self.noun = noun
     self.entries = dict(entries)
+
+  def config_class(self, kind: str) -> type:
+    """Returns the dataclass of a kind's settings, its attribute `Config`.
+
+    Raises:
+      UserError: see `load`; or an object without one.
+    """
+    config = getattr(self.load(kind), "Config", None)
+    if not dataclasses.is_dataclass(config):
+      raise UserError(
+        f"{self.noun} kind {kind!r} has no settings: give the class a dataclass"
+        f" as its attribute Config"
+      )
+    return cast(type, config)
 
   def load(self, kind: str) -> Any:
     """Returns the object behind `kind`.
@@ -41,7 +56,7 @@ class Registry:
       )
     try:
       module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # whatever running a user's file may raise
       raise UserError(
         f"{self.noun} kind {kind!r}: cannot import {module_name!r} ({error});"
         f" is its package installed and on PYTHONPATH?"

@@ -52,7 +52,7 @@ def test_sections_by_name_become_dataclasses():
     ({"inner": {"on": 1}}, ["config.inner.on=1", "bool"]),
     ({"inner": {"count": 0}}, ["config.inner.count=0", "at least 1"]),
     ({"inner": {"count": 10}}, ["config.inner.count=10", "at most 9"]),
-    ({"inner": {"rate": float("nan")}}, ["config.inner.rate", "out of range"]),
+    ({"inner": {"rate": float("nan")}}, ["config.inner.rate", "finite"]),
     ({"inner": {"shape": "squar"}}, ["config.inner.shape", "'square'"]),
     ({"inner": {"sizes": "1"}}, ["config.inner.sizes", "sequence of int"]),
     ({"inner": {"sizes": (1, -1)}}, ["config.inner.sizes", "at least 0"]),

@@ -5,7 +5,7 @@ import math
 from rich.console import Console
 from rich.table import Table
 
-from fusionlab.analysis import flops, parameters
+from fusionlab.analysis import parameters
 from fusionlab.experiment import Experiment
 from fusionlab.sharding.mesh import AXES
 from fusionlab.tokenizers import load_tokenizers
@@ -15,8 +15,8 @@ def render(experiment: Experiment) -> str:
   """Tables of parameters, FLOPs per token and bytes per device.
 
   Args:
-    experiment: validated; its mesh sizes count as given, 0 as 1, whatever
-      devices are at hand.
+    experiment: validated; its mesh sizes count as given, whatever devices are
+      at hand. Where `fsdp` takes every device there is, bytes are those of all.
 
   Returns:
     Text for a terminal.
@@ -48,7 +48,7 @@ def render(experiment: Experiment) -> str:
   work = Table()
   work.add_column("FLOPs per token")
   work.add_column("MFLOPs", justify="right")
-  forward = flops.forward_flops_per_token(model, vocab_size, length)
+  forward = model.forward_flops_per_token(vocab_size, length)
   for name, number in (("forward", forward), ("training step", 3 * forward)):
     work.add_row(name, f"{number / 1e6:,.1f}")
   rows = experiment.train.batch_size
@@ -58,12 +58,15 @@ def render(experiment: Experiment) -> str:
   )
 
   memory = Table()
-  memory.add_column("bytes per device")
+  every = mesh.preset != "cpu" and not mesh.fsdp
+  memory.add_column("bytes of all devices" if every else "bytes per device")
   memory.add_column("MiB", justify="right")
   for name, number in state_bytes(experiment, counts.total).items():
     memory.add_row(name, f"{number / 2**20:,.1f}")
   shape = " x ".join(f"{axis} {getattr(mesh, axis) or 1}" for axis in AXES)
   memory.caption = f"mesh {shape}; activations are not counted"
+  if every:
+    memory.caption += "; --config.mesh.fsdp=N divides by N"
 
   console = Console(width=80, force_terminal=False)
   with console.capture() as capture:

@@ -151,6 +151,11 @@ class Prepared:
         for split in self.splits
       }
 
+  @property
+  def fingerprint(self) -> str:
+    """Hash of everything that determined the source's examples."""
+    return self.manifest["fingerprint"]
+
   def counts(self, split: str) -> Counts:
     """The shapes of a split's records."""
     return self._counts[split]

@@ -73,8 +73,8 @@ def run(
   )
   result = {"step": loaded.step, "checkpoint": str(path), "metrics": row}
   if jax.process_index() == 0:
-    write_json(folder / "evaluation.json", result)
     (console or Console()).print(table(row, loaded.step))
+    write_json(folder / "evaluation.json", result)
   return result
 
 

@@ -62,7 +62,7 @@ class TransformerConfig:
     "norm before the sub-layer, or on its output",
     choices=("pre", "swin"),
   )
-  norm_eps: float = option(1e-5, "added to the mean square", minimum=0.0)
+  norm_eps: float = option(1e-5, "added to the mean square", minimum=1e-12)
   qk_norm: str = option(
     "rms",
     "norm of queries and keys over a head",
@@ -78,6 +78,11 @@ class TransformerConfig:
     maximum=0.99,
   )
   tie_embeddings: bool = option(False, "one table for input and output")
+  causal: bool = option(
+    True,
+    "promise that no query sees a later key, which attention may use; False"
+    " where the batch has spans that see themselves whole",
+  )
   dispatch: str = option(
     "layout",
     "how a token meets its tower",
@@ -115,6 +120,24 @@ class TransformerConfig:
   def width_of_ffn(self) -> int:
     """SwiGLU hidden width F."""
     return self.ffn_dim or swiglu_width(self.dim)
+
+  def forward_flops_per_token(self, vocab_size: int, row_length: int) -> float:
+    """Model FLOPs of one token's forward pass; a multiply-add is two.
+
+    Causal attention counts half of the scores; remat, padding and the moves of
+    routing count nothing. The cost does not depend on `towers` or `untie`.
+
+    Args:
+      vocab_size: ids V; `vocab_size` of the config overrides it.
+      row_length: tokens L over which attention looks.
+    """
+    d, dh = self.dim, self.width_of_head
+    seen = row_length / 2 if self.causal else row_length
+    projections = 2 * d * dh * (2 * self.num_heads + 2 * self.kv_heads)
+    scores_and_values = 2 * 2 * seen * self.num_heads * dh
+    ffn = 2 * 3 * d * self.width_of_ffn
+    head = 2 * d * (self.vocab_size or vocab_size)
+    return self.num_layers * (projections + scores_and_values + ffn) + head
 
   @property
   def routed_towers(self) -> Towers:
@@ -180,6 +203,7 @@ class Block(nn.Module):
         c.norm_eps,
         out_scale,
         c.attention,
+        c.causal,
         name="attention",
       ),
       router=router,
@@ -288,7 +312,9 @@ class Transformer(nn.Module):
     context = Context(
       router, visibility_of(inputs.k_start, inputs.k_end, angles)
     )
-    x = embed.astype(self.compute_dtype)[inputs.tokens]
+    # Looked up before the cast: the gradient of a frequent id is a long sum,
+    # which bfloat16 cannot hold.
+    x = embed[inputs.tokens].astype(self.compute_dtype)
     stream = (constrain(x, (axes.ACT_BATCH,)),)
     if stays_routed(towers):
       stream = router.enter(stream)

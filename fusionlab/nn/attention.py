@@ -47,6 +47,7 @@ class Attention(nn.Module):
     norm_eps: of the QK-norm.
     out_scale: factor on the output projection's initial deviation.
     implementation: of the mixing, by name.
+    causal: whether no query ever sees a later key.
   """
 
   towers: Towers
@@ -58,6 +59,7 @@ class Attention(nn.Module):
   norm_eps: float
   out_scale: float = 1.0
   implementation: str = "auto"
+  causal: bool = True
 
   @nn.compact
   def __call__(
@@ -112,6 +114,7 @@ class Attention(nn.Module):
       v,
       visibility.k_start,
       visibility.k_end,
+      causal=self.causal,
       implementation=self.implementation,
     )
     mixed = mixed.reshape(*mixed.shape[:2], h * dh)

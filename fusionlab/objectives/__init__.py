@@ -1,4 +1,4 @@
-"""(model, batch) → flat dict of means per target modality."""
+"""(model, params, batch) → flat dict of means per target modality."""
 
 from typing import Any
 

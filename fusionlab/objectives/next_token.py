@@ -30,7 +30,7 @@ class NextToken:
   """mean over weighted targets of  −log p(target) + z_loss · log² Z.
 
   Logits exist for `chunk` positions of a row at a time, in the forward pass only,
-  which takes their gradient along; nothing holds [B, L, V].
+  which takes their gradient along; nothing holds [B, L, V] of a long row.
   """
 
   Config = NextTokenConfig
@@ -66,7 +66,8 @@ class NextToken:
     Returns:
       "loss" (what is minimised), "z_loss", and per modality m of the target
       "loss/m" and "accuracy/m", "tokens/m"; for the text modality
-      "bits_per_byte/m", over the targets that stand for bytes.
+      "bits_per_byte/m", over the targets that stand for bytes. Only "loss"
+      carries a gradient.
     """
     batch = jax.tree.map(jnp.asarray, batch)
     rngs = None if dropout_key is None else {"dropout": dropout_key}

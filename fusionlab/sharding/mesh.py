@@ -54,7 +54,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
   if product > num_devices:
     raise UserError(
       f"config.mesh needs {product} devices ({shown}) and there are"
-      f" {num_devices}; lower a size, e.g. config.mesh.fsdp={num_devices}"
+      f" {num_devices}; the product must be at most {num_devices}"
     )
   if config.preset != "cpu" and product != num_devices:
     raise UserError(

@@ -1,10 +1,12 @@
 """Rules from named axes to mesh axes, and the shardings they give."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fusionlab.batch import Batch
@@ -93,9 +95,13 @@ def param_shardings(axes_tree: Any, abstract_tree: Any, mesh: Mesh) -> Any:
 def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
   """Sharding of every array of a batch: rows and groups over the data axes.
 
+  Groups that the data shards do not divide (a run resumed on more devices keeps
+  its groups) span devices: their layout is whole everywhere and routing costs
+  communication, which is logged once. Results do not depend on it.
+
   Raises:
-    UserError: rows or groups that the data shards do not divide, with the
-      arithmetic.
+    UserError: rows that the data shards do not divide, with the arithmetic; or
+      such groups with several processes, which read whole groups.
   """
   shards = data_shards(mesh)
   rows = batch.tokens.shape[0]
@@ -105,15 +111,27 @@ def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
       f" (data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}); set"
       f" config.train.batch_size to a multiple of {shards}"
     )
+  first = NamedSharding(mesh, spec((axes.ACT_BATCH,)))
+  shardings = jax.tree.map(lambda _: first, batch)
   if batch.layout is not None and batch.layout.place.shape[0] % shards:
     groups = batch.layout.place.shape[0]
-    raise UserError(
-      f"{rows} rows make {groups} groups of {rows // groups} rows, which cannot"
-      f" be split over {shards} data shards; set config.data.group_rows to a"
-      f" divisor of {rows // shards}"
+    span = (
+      f"{rows} rows make {groups} group(s) of {rows // groups} rows, which"
+      f" cannot be split over {shards} data shards"
     )
-  first = NamedSharding(mesh, spec((axes.ACT_BATCH,)))
-  return jax.tree.map(lambda _: first, batch)
+    if jax.process_count() > 1:
+      raise UserError(
+        f"{span}; set config.data.group_rows to a divisor of {rows // shards}"
+      )
+    _warn_once(f"{span}: they span devices, and routing communicates")
+    whole = jax.tree.map(lambda _: replicated(mesh), batch.layout)
+    shardings = shardings.replace(layout=whole)
+  return shardings
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+  logging.warning("%s", message)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

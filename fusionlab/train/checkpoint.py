@@ -167,6 +167,7 @@ class Checkpoints:
     experiment: Experiment,
     tokenizers: Tokenizers,
     *,
+    sources: Mapping[str, str],
     group_rows: int,
     keep: int,
   ):
@@ -176,6 +177,7 @@ class Checkpoints:
       folder: `<workdir>/checkpoints`, made if need be.
       experiment: the resolved configuration.
       tokenizers: copied into every checkpoint.
+      sources: fingerprint of each source of data.
       group_rows: rows of a group, as resolved.
       keep: complete checkpoints kept.
     """
@@ -183,6 +185,7 @@ class Checkpoints:
     self.keep = keep
     self._experiment = experiment
     self._tokenizers = tokenizers
+    self._sources = dict(sources)
     self._group_rows = group_rows
     self._thread: threading.Thread | None = None
     self._error: BaseException | None = None
@@ -258,6 +261,7 @@ class Checkpoints:
         for k, name in enumerate(vocabulary.modalities)
       },
       "tokenizers": self._tokenizers.hash,
+      "sources": self._sources,
       "packages": package_versions(),
       "parameters": _describe(state.params),
     }

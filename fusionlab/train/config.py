@@ -27,9 +27,11 @@ class OptimizerConfig:
   final_fraction: float = option(
     0.02, "last learning rate over the peak", minimum=0.0, maximum=1.0
   )
-  b1: float = option(0.9, "decay of the first moment", minimum=0.0, maximum=1.0)
+  b1: float = option(
+    0.9, "decay of the first moment", minimum=0.0, maximum=0.999999
+  )
   b2: float = option(
-    0.98, "decay of the second moment", minimum=0.0, maximum=1.0
+    0.98, "decay of the second moment", minimum=0.0, maximum=0.999999
   )
   eps: float = option(
     1e-8, "added to the root of the second moment", minimum=0.0
@@ -93,7 +95,9 @@ class TrainConfig:
     " the update",
     choices=("stop", "skip"),
   )
-  seed: int = option(0, "root of every random stream", minimum=0)
+  seed: int = option(
+    0, "root of every random stream", minimum=0, maximum=2**32 - 1
+  )
   profile_start: int = option(
     0, "first step of the profiler window; 0: no profile", minimum=0
   )

@@ -1,4 +1,4 @@
-"""What a run ran on: Python, packages, devices, host, commit."""
+"""What a run runs in: Python, packages, devices, host, commit, compile cache."""
 
 import importlib.metadata
 import os
@@ -74,3 +74,13 @@ def describe() -> dict[str, Any]:
     "command": sys.argv,
     "commit": commit(),
   }
+
+
+def keep_compiled(folder: Path) -> None:
+  """Keeps compiled programs on disk, so that a second start is quick.
+
+  Args:
+    folder: made if need be; the setting holds for the whole process.
+  """
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

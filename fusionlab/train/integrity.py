@@ -62,8 +62,14 @@ def verify(path: Path) -> None:
     bad = SUMS
   if bad is None:
     return
-  older = [s for s in steps_in(path.parent) if str(s) != path.name]
-  before = max((s for s in older if s < _step_of(path)), default=None)
+  before = max(
+    (
+      s
+      for s in steps_in(path.parent)
+      if s < _step_of(path) and (path.parent / str(s) / SUMS).exists()
+    ),
+    default=None,
+  )
   way = (
     f"move {path} away to resume from step {before}"
     if before is not None

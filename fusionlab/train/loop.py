@@ -18,7 +18,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fusionlab.analysis.devices import peak_flops
-from fusionlab.analysis.flops import train_flops_per_token
 from fusionlab.batch import Batch
 from fusionlab.data import cache_folder
 from fusionlab.errors import UserError
@@ -72,13 +71,14 @@ def train(experiment: Experiment, workdir: str) -> int:
   )
   writes = jax.process_index() == 0
   lock = workdirs.Lock(folder) if writes else None
+  finished_at = workdirs.finished_at(folder)
   steps = checkpoints.steps_in(folder / "checkpoints")
   status = _Status(folder, writes, step=max(steps, default=0))
   try:
     with Signals() as signals:
       status.write("running")
       run = _Run(joined or experiment, folder, started, signals, status)
-      run.run()
+      run.run(finished_at)
   except Preempted as signal:
     status.write("preempted", str(signal))
   except BaseException as error:
@@ -128,7 +128,9 @@ class _Run:
     self.status = status
     self.writes = jax.process_index() == 0
     if experiment.train.compile_cache:
-      keep_compiled(cache_folder(experiment.data.cache_dir) / "compile")
+      environment.keep_compiled(
+        cache_folder(experiment.data.cache_dir) / "compile"
+      )
     mesh = make_mesh(experiment.mesh)
     experiment = workdirs.resolve(
       experiment, default_group_rows(experiment, mesh)
@@ -189,17 +191,18 @@ class _Run:
       )
       return state, 0
     meta = checkpoints.read_meta(path)
-    if meta["tokenizers"] != self.setup.tokenizers.hash:
-      raise UserError(
-        f"{path} was trained with other tokenizers than"
-        f" config.data.text_tokenizer and image_tokenizer name now; point them"
-        f" at the files in {path / 'tokenizers'}"
-      )
+    workdirs.check_inputs(
+      path, meta, self.setup.tokenizers.hash, self._sources()
+    )
     state = checkpoints.restore_state(
       path, with_shardings(self.abstract, self.shardings)
     )
     self._saved = meta["step"]
     return state, meta["step"]
+
+  def _sources(self) -> dict[str, str]:
+    prepared = self.setup.data.prepared
+    return {name: source.fingerprint for name, source in prepared.items()}
 
   def _newest(self) -> Path | None:
     """Process 0 looks and verifies; the others follow."""
@@ -220,8 +223,12 @@ class _Run:
       )
     return None if found < 0 else folder / str(found)
 
-  def run(self) -> None:
-    """Trains, saves, scores, and says how it ended."""
+  def run(self, finished_at: int | None = None) -> None:
+    """Trains, saves, scores, and says how it ended.
+
+    Args:
+      finished_at: the step that an earlier start ended with and scored.
+    """
     console = ProgressReport(
       self.start,
       self.config.num_steps,
@@ -238,7 +245,8 @@ class _Run:
         reason = self._loop()
         if self._saved != self.status.step:
           self._save()
-        if reason in ("num_steps", "max_seconds"):
+        ended = reason in ("num_steps", "max_seconds")
+        if ended and self.status.step != finished_at:
           try:
             self._evaluate(limit=0)
           except Interrupted:
@@ -254,14 +262,15 @@ class _Run:
   def _open_files(self, stack: contextlib.ExitStack) -> None:
     self.writers = None
     if self.writes:
+      # Before config.json, which ties the folder to this configuration.
+      self.writers = Writers(self.config.writers, self.folder)
+      stack.callback(self.writers.close)
       workdirs.write_json(
         self.folder / "config.json", workdirs.to_mapping(self.experiment)
       )
       workdirs.write_json(
         self.folder / "environment.json", environment.describe()
       )
-      self.writers = Writers(self.config.writers, self.folder)
-      stack.callback(self.writers.close)
       self.writers.truncate(self.start)
     if self._saved >= 0:
       self.progress.say(f"resumed {self.folder} at step {self.start}")
@@ -269,6 +278,7 @@ class _Run:
       self.folder / "checkpoints",
       self.experiment,
       self.setup.tokenizers,
+      sources=self._sources(),
       group_rows=self.experiment.data.group_rows,
       keep=self.config.keep_checkpoints,
     )
@@ -278,10 +288,10 @@ class _Run:
     """Steps until something ends the run; returns what."""
     config, data, setup = self.config, self.setup.data, self.setup
     self.throughput = Throughput(
-      train_flops_per_token(
-        self.experiment.model,
-        setup.data.vocabulary.size,
-        self.experiment.data.row_length,
+      # Training is three times the forward pass.
+      3
+      * self.experiment.model.forward_flops_per_token(
+        setup.data.vocabulary.size, self.experiment.data.row_length
       ),
       self._peak(),
     )
@@ -427,16 +437,6 @@ class _Run:
       f" metrics are in {folder}; in a new --workdir, lower"
       f" config.optimizer.learning_rate or set config.train.on_nonfinite=skip"
     )
-
-
-def keep_compiled(folder: Path) -> None:
-  """Keeps compiled programs on disk, so that a second start is quick.
-
-  Args:
-    folder: made if need be; the setting holds for the whole process.
-  """
-  jax.config.update("jax_compilation_cache_dir", str(folder))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _due(step: int, every: int) -> bool:

@@ -6,8 +6,11 @@ from types import FrameType
 from typing import Any
 
 
-class Preempted(Exception):
-  """Raised by a signal while there is nothing of the run to save yet."""
+class Preempted(BaseException):
+  """Raised by a signal while there is nothing of the run to save yet.
+
+  As KeyboardInterrupt is, so that no `except Exception` on the way keeps it.
+  """
 
 
 class Signals:

@@ -32,8 +32,11 @@ def split_batch(batch: Batch, accumulate: int, shards: int = 1) -> Batch:
   Args:
     batch: arrays `[B, ...]`, and `[G, ...]` in the layout.
     accumulate: number of microbatches; divides B and G.
-    shards: data shards of the first axis; `accumulate`·`shards` divides B, G.
+    shards: data shards of the first axis; `accumulate`·`shards` divides B.
   """
+  groups = 0 if batch.layout is None else batch.layout.place.shape[0]
+  if groups % (accumulate * shards):
+    shards = 1  # groups that span shards: a microbatch is consecutive groups
 
   def split(x):
     rest = x.shape[1:]
@@ -123,10 +126,11 @@ def make_train_step(
     count = jnp.maximum(means["loss"].count, 1)
     grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
     norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(norm) & jnp.isfinite(means["loss"].total)
     updates, opt_state = optimizer.update(
       grads, state.opt_state, state.params, step=state.step
     )
+    finite = jnp.isfinite(norm) & jnp.isfinite(means["loss"].total)
+    finite &= jnp.isfinite(optax.tree.norm(updates))
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
@@ -174,7 +178,8 @@ def _traced_once(function: Callable) -> Callable:
     if traces > 1:
       raise AssertionError(
         f"{function.__name__} is compiled a second time: a shape or dtype of its"
-        f" arguments changed between two steps"
+        f" arguments changed between two steps (a batch's row length and tower"
+        f" counts are shapes)"
       )
     return function(*arguments)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ CHANGEABLE = frozenset(
   {
     "train.num_steps",
     "train.max_seconds",
+    "train.writers",
     "train.log_every",
     "train.eval_every",
     "train.checkpoint_every",
@@ -26,6 +28,9 @@ CHANGEABLE = frozenset(
     "train.compile_cache",
     "data.cache_dir",
     "data.prefetch",
+    # Their content is compared with what the checkpoint holds.
+    "data.text_tokenizer",
+    "data.image_tokenizer",
   }
 )
 _CHANGEABLE_SECTIONS = ("mesh.",)
@@ -131,6 +136,40 @@ def resume(given: Experiment, before: Experiment, workdir: Path) -> Experiment:
   return joined
 
 
+def check_inputs(
+  path: Path,
+  meta: Mapping[str, Any],
+  tokenizers: str,
+  sources: Mapping[str, str],
+) -> None:
+  """Compares what a checkpoint was trained on with what this start reads.
+
+  Args:
+    path: the checkpoint's folder, for the message.
+    meta: its meta.json.
+    tokenizers: hash of the tokenizers.
+    sources: fingerprint of each source of data.
+
+  Raises:
+    UserError: other tokenizers, or a source that changed: the same documents
+      could not follow.
+  """
+  if meta["tokenizers"] != tokenizers:
+    raise UserError(
+      f"{path} was trained with other tokenizers than"
+      f" config.data.text_tokenizer and image_tokenizer name now; point them"
+      f" at the files in {path / 'tokenizers'}"
+    )
+  recorded = meta["sources"]
+  differ = [n for n in sources if sources[n] != recorded.get(n)]
+  if differ:
+    raise UserError(
+      f"{path} was trained on other data: the source(s) {', '.join(differ)}"
+      f" changed since, so the same documents cannot follow; restore the files"
+      f" or the package's version, or give another --workdir"
+    )
+
+
 def write_json(path: Path, content: Any) -> None:
   """Writes a JSON file atomically."""
   write_atomic(path, json.dumps(content, indent=2) + "\n")
@@ -149,6 +188,15 @@ def write_status(
   """
   content = {"status": status, "step": step, "reason": reason}
   write_json(workdir / "status.json", content)
+
+
+def finished_at(workdir: Path) -> int | None:
+  """The step at which a run finished, all its scores taken; else None."""
+  try:
+    content = json.loads((workdir / "status.json").read_text("utf-8"))
+    return content["step"] if content["status"] == "finished" else None
+  except (OSError, ValueError, KeyError, TypeError):
+    return None
 
 
 class Lock:

@@ -90,7 +90,10 @@ class CsvWriter:
   def _read(self, keep_columns: bool = False) -> list[dict[str, str]]:
     if not self.path.exists():
       return []
-    with open(self.path, newline="", encoding="utf-8") as file:
+    # What is not UTF-8 is no row of ours; it goes the way of torn lines.
+    with open(
+      self.path, newline="", encoding="utf-8", errors="replace"
+    ) as file:
       table = list(csv.reader(file))
     if not table:
       return []
@@ -139,7 +142,7 @@ class JsonlWriter:
       try:
         if json.loads(line)["step"] <= step:
           kept.append(line)
-      except (ValueError, KeyError):
+      except (ValueError, KeyError, TypeError):
         continue  # torn by a crash of the machine
     write_atomic(self.path, b"".join(kept))
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from fusionlab.analysis import flops, parameters
+from fusionlab.analysis import parameters
 from fusionlab.analysis.devices import peak_flops
 from fusionlab.models.mixture_of_transformers import (
   MixtureOfTransformersConfig,
@@ -17,23 +17,25 @@ class _Device:
 
 
 def test_flops_of_a_token_by_hand():
-  """Projections, half the scores, SwiGLU and head; training is 3x."""
+  """Projections, half the scores, SwiGLU and head; all scores if not causal."""
   config = MixtureOfTransformersConfig(
     dim=8, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=10
   )
   layer = 2 * 8 * 8 + 2 * 2 * 8 * 4 + 2 * 8 * 8 + 4 * 5 * 8 + 2 * 3 * 8 * 10
   expected = 2 * layer + 2 * 8 * 100
-  assert flops.forward_flops_per_token(config, 100, 10) == expected
-  assert flops.train_flops_per_token(config, 100, 10) == 3 * expected
+  assert config.forward_flops_per_token(100, 10) == expected
+  whole = dataclasses.replace(config, causal=False)
+  scores = 2 * 2 * 2 * 5 * 8  # layers, two matmuls, half of L, width
+  assert whole.forward_flops_per_token(100, 10) == expected + scores
 
 
 def test_flops_do_not_depend_on_towers():
   """MoT costs a token what dense costs it."""
   mot = MixtureOfTransformersConfig()
   dense = dataclasses.replace(mot, untie="")
-  assert flops.forward_flops_per_token(
-    mot, 4096, 512
-  ) == flops.forward_flops_per_token(dense, 4096, 512)
+  assert mot.forward_flops_per_token(4096, 512) == (
+    dense.forward_flops_per_token(4096, 512)
+  )
 
 
 @pytest.mark.smoke

@@ -70,6 +70,17 @@ def mistake(*words: str) -> str:
     ([MOT, "--config.mesh.preset=gpux"], ["mesh.preset='gpux'", "'gpu'"]),
     ([MOT, "--config.model.kind=transformr"], ["'transformer'"]),
     ([MOT, "--config.model.untie=qq"], ["config.model.untie", "'q'"]),
+    ([MOT, "--config.data.sources.my-own.kind=jsonl"], ["letters, digits"]),
+    ([MOT, "--config.=3"], ["unknown key config."]),
+    ([MOT, "--nodebug=3"], ["debug"]),
+    ([MOT, "--config.data.sources.flags.weight=inf"], ["finite"]),
+    ([MOT, "--config.train.seed=9223372036854775808"], ["at most 4294967295"]),
+    ([MOT, "--config.model.kind=collections:Counter"], ["Config"]),
+    ([MOT, "--config.objective.kind=collections:Counter"], ["Config"]),
+    (
+      [MOT, "--config.model.modalities=text,image,speech"],
+      ["config.model.towers=(0, 1)", "3 modalities"],
+    ),
     (
       [MOT, "--config.data.sources.openmojii.weight=1"],
       ["'openmoji'", "openmojii.kind="],
@@ -134,6 +145,8 @@ def test_a_source_is_added_by_its_kind():
 def test_another_model_kind_brings_its_own_defaults():
   config = options(MOT, "--config.model.kind=transformer").experiment
   assert type(config.model).__name__ == "TransformerConfig"
+  assert config.model.untie == ""  # its default
+  assert config.model.dim == options(MOT).experiment.model.dim  # the file's
 
 
 def test_evaluate_needs_only_a_workdir():
@@ -159,6 +172,10 @@ def test_a_config_file_may_leave_keys_out(tmp_path):
     ("def get_config(): return 3", "must return a ConfigDict"),
     ("def get_config(): return 1 / 0", "ZeroDivisionError"),
     ("def get_config(): return {'modle': {}}", "'model'"),
+    ("def get_config(): return {'model': {'kind': 3}}", "must be a str"),
+    ("from fusionlab.batch import nope", "cannot import name"),
+    ("import fusionlab.nope", "fusionlab.nope"),
+    ("raise SystemExit(3)", "SystemExit"),
   ],
 )
 def test_a_broken_config_file_is_one_line(tmp_path, text, said):
@@ -202,6 +219,11 @@ def failing(error: BaseException):
       PermissionError(13, "Permission denied", "runs/x"),
       2,
       "error: runs/x: Permission denied\n",
+    ),
+    (
+      OSError(28, "No space left on device"),
+      2,
+      "error: No space left on device\n",
     ),
     (
       KeyboardInterrupt(),
@@ -254,6 +276,33 @@ def test_the_process_exits_with_2_and_one_line():
   assert done.stderr.startswith("error: unknown key config.model.dmi")
   assert len(done.stderr.splitlines()) == 1
   assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    (["--mode=evaluate", "--workdir=nowhere"], "give a workdir"),
+    (
+      [
+        MOT,
+        "--config.data.sources.mine.kind=image_folder",
+        "--config.data.sources.mine.path=nowhere",
+        "--config.data.sources.openmoji.weight=0",
+        "--config.data.sources.flags.weight=0",
+        "--config.data.sources.factbook.weight=0",
+      ],
+      "nowhere",
+    ),
+    ([MOT, "--config.mesh.preset=tpu"], "jax sees"),
+  ],
+)
+def test_modes_exit_with_2_and_one_line(tmp_path, words, said):
+  if "--mode=evaluate" not in words:
+    words = [*words, f"--workdir={tmp_path / 'run'}"]
+  done = command(*words)
+  assert done.returncode == 2
+  assert said in done.stderr.splitlines()[-1]
+  assert "Traceback" not in done.stderr
 
 
 def test_the_process_shows_a_traceback_with_debug():

@@ -6,17 +6,20 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from fusionlab.analysis import flops, parameters
+from fusionlab.analysis import parameters
 from fusionlab.models.mixture_of_transformers import (
   SIZES,
   MixtureOfTransformersConfig,
 )
 from fusionlab.objectives import build_objective
 from fusionlab.objectives.next_token import NextTokenConfig
-from fusionlab.routing import UNTIE_NAMES
+from fusionlab.routing import UNTIE_NAMES, make_layout
 from fusionlab.testing.batches import layout_of
+from fusionlab.train.state import init_state
+from fusionlab.train.step import make_train_step
 from tests.models.tiny import (
   NAMES,
   apply,
@@ -38,6 +41,7 @@ PACKED = {"rows": 4, "group_rows": 2, "padding": 5, "documents": 3}
     ("layout", 2, {"present": (0,)}),
     ("layout", 2, {"present": (1,), "padding": 2}),
     ("layout", 2, {"rows": 1, "length": 1}),
+    ("layout", 2, {"rows": 1, "length": 2}),
     ("layout", 3, {}),
     ("layout", 3, PACKED),
     ("ragged", 2, {}),
@@ -51,9 +55,12 @@ def test_m2_routed_equals_the_select_oracle(dispatch, k, options):
   batch = batch_for(model, **options)
   got, expected = (apply(m, params, batch) for m in (model, oracle))
   close(on_real(got, batch), on_real(expected, batch), atol=1e-5)
-  if batch.weight.any():
-    got, expected = (loss_and_grad(m, params, batch) for m in (model, oracle))
-    close(got, expected, rtol=1e-4, atol=1e-6)
+  # A lone token has no next one; here it predicts itself.
+  batch = batch.replace(
+    weight=np.maximum(batch.weight, batch.weight.max() == 0)
+  )
+  got, expected = (loss_and_grad(m, params, batch) for m in (model, oracle))
+  close(got, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -78,24 +85,28 @@ def test_any_untie_equals_the_select_oracle(untie, placement):
   close(got, expected, rtol=1e-4)
 
 
+def _copied(tree):
+  """The dense model's parameters in both towers."""
+  if isinstance(tree, dict) and "shared" in tree:
+    return dict.fromkeys(("text", "image"), tree["shared"])
+  if isinstance(tree, dict):
+    return {name: _copied(sub) for name, sub in tree.items()}
+  return tree
+
+
 @pytest.mark.smoke
-def test_m1_identical_towers_are_the_dense_model():
-  """Dense weights copied into every tower give the dense output."""
+@pytest.mark.parametrize("dispatch", ["layout", "select", "ragged"])
+def test_m1_identical_towers_are_the_dense_model(dispatch):
+  """Dense weights in every tower give the dense output; `select` to the bit."""
   dense, shared = make(untie="")
-  model, _ = make()
+  model, _ = make(dispatch=dispatch)
   batch = batch_for(model)
-
-  def copy(tree):
-    if isinstance(tree, dict) and "shared" in tree:
-      return dict.fromkeys(("text", "image"), tree["shared"])
-    if isinstance(tree, dict):
-      return {name: copy(sub) for name, sub in tree.items()}
-    return tree
-
-  close(
-    apply(model, copy(shared), batch),
-    apply(dense, shared, batch.replace(layout=None)),
-  )
+  got = apply(model, _copied(shared), batch)
+  expected = apply(dense, shared, batch.replace(layout=None))
+  if dispatch == "select":
+    np.testing.assert_array_equal(got, expected)
+  else:
+    close(got, expected)
 
 
 def test_m8_tower_gradients_sum_to_the_dense_gradient():
@@ -105,13 +116,6 @@ def test_m8_tower_gradients_sum_to_the_dense_gradient():
   batch = batch_for(model)
   _, expected = loss_and_grad(dense, shared, batch.replace(layout=None))
 
-  def copy(tree):
-    if isinstance(tree, dict) and "shared" in tree:
-      return dict.fromkeys(("text", "image"), tree["shared"])
-    if isinstance(tree, dict):
-      return {name: copy(sub) for name, sub in tree.items()}
-    return tree
-
   def add(tree):
     if isinstance(tree, dict) and "text" in tree:
       return {"shared": jax.tree.map(jnp.add, tree["text"], tree["image"])}
@@ -119,7 +123,7 @@ def test_m8_tower_gradients_sum_to_the_dense_gradient():
       return {name: add(sub) for name, sub in tree.items()}
     return tree
 
-  _, got = loss_and_grad(model, copy(shared), batch)
+  _, got = loss_and_grad(model, _copied(shared), batch)
   close(add(got), expected, rtol=1e-4)
 
 
@@ -131,6 +135,27 @@ def test_m3_permuting_rows_permutes_outputs():
   permuted = jax.tree.map(lambda a: a[order], batch)
   np.testing.assert_array_equal(
     apply(model, params, permuted), apply(model, params, batch)[order]
+  )
+
+
+def test_m3_rows_of_one_group_do_not_know_each_other():
+  """Other interleavings in a group's other rows leave a row as it was."""
+  model, params = make()
+  batch = batch_for(model, rows=4, group_rows=4)
+  order = np.asarray([0, 3, 1, 2])
+  rows = {
+    name: np.asarray(getattr(batch, name))[order]
+    for name in ("tokens", "modality", "segment", "position")
+  }
+  layout = layout_of(rows["modality"], rows["segment"] > 0, (0, 1), 4)
+  moved = batch.replace(
+    **rows,
+    k_start=batch.k_start[order],
+    k_end=batch.k_end[order],
+    layout=layout,
+  )
+  close(
+    apply(model, params, moved), np.asarray(apply(model, params, batch))[order]
   )
 
 
@@ -163,10 +188,24 @@ def test_m3_relabelling_modalities_and_towers_changes_nothing():
 
 
 @pytest.mark.parametrize("dispatch", ["layout", "select", "ragged"])
-def test_m4_an_absent_modality_has_zero_gradient(dispatch):
-  """No token of a modality: its tower's gradient is exactly 0."""
+@pytest.mark.parametrize("places", [0, 8])
+def test_m4_an_absent_modality_has_zero_gradient(dispatch, places):
+  """No token of a modality: its tower's gradient is exactly 0.
+
+  So it is where padding stands in the places that the layout keeps for it.
+  """
   model, params = make(dispatch=dispatch)
   batch = batch_for(model, present=(0,), padding=4)
+  size = batch.tokens.size
+  batch = batch.replace(
+    layout=make_layout(
+      batch.modality,
+      batch.segment > 0,
+      towers=(0, 1),
+      counts=(size - places, places),
+      group_rows=len(batch.tokens),
+    )
+  )
   _, grads = loss_and_grad(model, params, batch)
   for path, leaf in jax.tree.leaves_with_path(grads):
     name = parameters.path_name(path)
@@ -237,22 +276,35 @@ def test_m7_compiled_flops_are_the_dense_models(k):
     cost[name] = compiled.cost_analysis()["flops"]
     if name == "dense":
       tokens = 4 * 48
-      formula = flops.train_flops_per_token(model.config, 40 * k, 48) * tokens
-      assert cost[name] > 0.9 * formula
+      formula = 3 * model.config.forward_flops_per_token(40 * k, 48) * tokens
+      # XLA also counts norms, softmax and the masked half of the scores.
+      assert 0.9 < cost[name] / formula < 1.5
   assert 0.98 <= cost["mot"] / cost["dense"] <= 1.02
 
 
-def test_the_step_has_one_scatter_the_embeddings_gradient():
-  """Routing, loss and attention add no scatter to the compiled step."""
-  model, params = make()
+def test_select_costs_every_tower():
+  """The oracle's projections cost K times the dense ones: the ratio is real."""
+  cost = {}
+  for dispatch in ("layout", "select"):
+    model, params = make(2, dispatch=dispatch, dim=64, ffn_dim=256)
+    batch = batch_for(model, rows=4, length=48)
+    run = jax.jit(lambda p, b, m=model: m.apply({"params": p}, b))
+    cost[dispatch] = run.lower(params, batch).compile().cost_analysis()["flops"]
+  assert 1.7 < cost["select"] / cost["layout"] < 2.05
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_train_step_has_one_scatter_the_embeddings_gradient(dtype):
+  """Routing, loss, attention and dropout add none to the compiled step."""
+  model, params = make(compute_dtype=dtype, dropout=0.1)
   batch = batch_for(model, padding=3, documents=2)
   objective = build_objective(
     NextTokenConfig(), model.vocabulary, np.ones(40, np.int32)
   )
-  step = jax.grad(
-    lambda p: objective(model, p, batch, train=True)["loss"].total
-  )
-  text = jax.jit(step).lower(params).compile().as_text()
+  optimizer = optax.adamw(1e-3)
+  step = make_train_step(model, objective, optimizer, dropout_seed=0)
+  state = init_state(lambda key: params, optimizer, jax.random.key(0))
+  text = step.lower(state, batch).compile().as_text()
   assert text.count(" scatter(") == 1
 
 

@@ -61,6 +61,56 @@ def test_bfloat16_compute_keeps_parameters_and_loss_in_float32():
   np.testing.assert_allclose(loss, expected, rtol=2e-2)
 
 
+def test_bfloat16_sums_a_frequent_ids_gradient_in_float32():
+  """Half of all positions hold one id; its embedding still learns."""
+  models = [
+    make(compute_dtype=t, num_layers=1) for t in ("bfloat16", "float32")
+  ]
+  batch = batch_for(models[0][0], rows=8, length=256)
+  often = np.arange(batch.tokens.size).reshape(batch.tokens.shape) % 2 == 0
+  batch = batch.replace(tokens=np.where(often, 7, batch.tokens))
+  got, expected = (
+    np.asarray(loss_and_grad(m, p, batch)[1]["embed"][7]) for m, p in models
+  )
+  error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+  assert error < 0.05
+
+
+@pytest.mark.parametrize("qk_norm", ["none", "layer"])
+def test_qk_norm_choices(qk_norm):
+  """`none` has no weights; `layer` does what its definition says."""
+  model, params = make(qk_norm=qk_norm, untie="")
+  names = set(params["layers"]["attention"]["shared"])
+  scales = {"q_norm_scale", "k_norm_scale", "q_norm_bias", "k_norm_bias"}
+  assert names & scales == (scales if qk_norm == "layer" else set())
+  batch = batch_for(model)
+  if qk_norm == "layer":
+    # Layer norm ignores what is added to a whole head and its scale.
+    head = params["layers"]["attention"]["shared"]
+    scaled = {**head, "q": head["q"] * 3.0, "k": head["k"] * 0.5}
+    other = {**params["layers"], "attention": {"shared": scaled}}
+    close(
+      apply(model, params | {"layers": other}, batch),
+      apply(model, params, batch),
+      rtol=1e-2,
+      atol=1e-2,
+    )
+  _, grads = loss_and_grad(model, params, batch)
+  assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_spans_that_see_themselves_whole_need_causal_off():
+  """With causal=False every implementation looks ahead inside an interval."""
+  rows, length = 2, 300  # several query blocks
+  outputs = []
+  for implementation in ("reference", "xla_blockwise"):
+    model, params = make(causal=False, attention=implementation, num_layers=1)
+    batch = batch_for(model, rows=rows, length=length)
+    batch = batch.replace(k_end=np.full((rows, length), length, np.int32))
+    outputs.append(apply(model, params, batch))
+  close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
+
+
 def test_a_batch_without_layout_is_refused():
   """Several towers need a layout; the message says how to make it."""
   model, params = make()

@@ -50,16 +50,21 @@ def test_every_axis_name_has_a_rule():
   assert set(rules.RULES) == set(axes.PARAMETER_AXES + axes.ACTIVATION_AXES)
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (1, 8), (2, 4)])
-def test_eight_devices_equal_one(data, fsdp):
-  """Loss and gradients on 8 fake devices, to float32 rounding."""
+@pytest.mark.parametrize(
+  ("data", "fsdp", "group_rows"), [(8, 1, 2), (1, 8, 2), (2, 4, 2), (2, 4, 8)]
+)
+def test_eight_devices_equal_one(data, fsdp, group_rows):
+  """Loss and gradients on 8 fake devices, to float32 rounding.
+
+  Groups of 8 rows span four devices each.
+  """
   model = _model()
   objective = build_objective(
     NextTokenConfig(chunk=8), VOCABULARY, np.ones(48, np.int32)
   )
   batch = random_batch(
     np.random.default_rng(0), VOCABULARY, rows=16, length=16, towers=(0, 1),
-    group_rows=2, padding=2, documents=2,
+    group_rows=group_rows, padding=2, documents=2,
   )  # fmt: skip
   params = jax.jit(model.init_params)(jax.random.key(0))
 
@@ -152,12 +157,15 @@ def test_a_preset_for_absent_hardware_is_refused():
     make_mesh(MeshConfig("tpu"))
 
 
-def test_groups_that_do_not_split_are_refused():
-  """Groups and data shards: the message says which key to change."""
+def test_rows_that_do_not_split_are_refused(monkeypatch):
+  """The message says which key to change; hosts read whole groups."""
   mesh = make_mesh(MeshConfig(data=8))
   batch = random_batch(
     np.random.default_rng(0), VOCABULARY, rows=8, length=16, towers=(0, 1)
   )
+  whole = rules.batch_shardings(batch, mesh).layout.place
+  assert whole.is_fully_replicated
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
   with pytest.raises(UserError, match=r"config\.data\.group_rows"):
     rules.batch_shardings(batch, mesh)
   with pytest.raises(UserError, match="multiple of 8"):

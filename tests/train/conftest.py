@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from fusionlab.train.loop import keep_compiled
+from fusionlab.train.environment import keep_compiled
 from tests.train import fakes
 
 

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -158,6 +159,7 @@ class FakeData:
   train: FakeLoader
   heldout: dict
   uncaptioned: dict
+  prepared: dict
 
 
 def open_fake_data(
@@ -168,6 +170,7 @@ def open_fake_data(
   process_count=1,
   group_rows=0,
   slow_open=0.0,
+  fingerprint="0",
   **train_options,
 ):
   """Stands in for `fusionlab.data.open_data`."""
@@ -183,6 +186,7 @@ def open_fake_data(
       "heldout_place": make(stream=2, batches=2),
     },
     uncaptioned={"heldout_picture": make(stream=1, batches=3, captions=False)},
+    prepared={"fake": types.SimpleNamespace(fingerprint=fingerprint)},
   )
 
 

@@ -72,7 +72,12 @@ class Run:
 
   def save(self, folder, steps, keep=10):
     saver = checkpoint.Checkpoints(
-      folder, self.experiment, self.tokenizers, group_rows=4, keep=keep
+      folder,
+      self.experiment,
+      self.tokenizers,
+      sources={"fake": "0"},
+      group_rows=4,
+      keep=keep,
     )
     for step in steps:
       saver.save(self.state(step))
@@ -234,6 +239,7 @@ def test_full_disk_is_the_users_error(tmp_path, monkeypatch):
     tmp_path / "checkpoints",
     run.experiment,
     run.tokenizers,
+    sources={},
     group_rows=4,
     keep=2,
   )

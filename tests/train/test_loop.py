@@ -1,6 +1,7 @@
 """The loop in one process: how runs end, resume and are refused."""
 
 import csv
+import functools
 import json
 
 import numpy as np
@@ -197,11 +198,33 @@ def test_an_exception_is_a_failed_run(tmp_path, monkeypatch):
 
 def test_mesh_may_change(tmp_path):
   """A run of one device goes on with two data shards."""
-  train(tmp_path, train__num_steps=4, data__group_rows=1)
-  workdir = train(
-    tmp_path, train__num_steps=6, data__group_rows=1, mesh__fsdp=2
-  )
+  train(tmp_path, train__num_steps=4)
+  workdir = train(tmp_path, train__num_steps=6, mesh__fsdp=2)
   assert read_json(workdir / "status.json")["step"] == 6
+
+
+def test_other_data_is_refused(tmp_path, monkeypatch):
+  """Sources that changed since the checkpoint would shift every batch."""
+  train(tmp_path, train__num_steps=2)
+  changed = functools.partial(fakes.open_fake_data, fingerprint="1")
+  monkeypatch.setattr("fusionlab.train.setup.open_data", changed)
+  with pytest.raises(UserError, match=r"the source\(s\) fake changed"):
+    train(tmp_path, train__num_steps=4)
+
+
+def test_a_misspelt_writer_ties_the_folder_to_nothing(tmp_path):
+  """The corrected command goes on in the same workdir."""
+  with pytest.raises(UserError, match="'csv'"):
+    train(tmp_path, train__num_steps=2, train__writers="csvv")
+  train(tmp_path, train__num_steps=2, train__writers="csv")
+
+
+def test_a_finished_run_started_again_changes_nothing(tmp_path):
+  """No step, no second evaluation, no second row."""
+  workdir = train(tmp_path, train__num_steps=2)
+  before = (workdir / "metrics.jsonl").read_bytes()
+  train(tmp_path, train__num_steps=2)
+  assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
 def test_profiler_window(tmp_path):

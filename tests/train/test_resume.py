@@ -17,6 +17,10 @@ FLAT = {
   "train__checkpoint_every": 3,
   "train__eval_every": 8,
   "train__keep_checkpoints": 2,
+  # What else a step's numbers hang on.
+  "train__accumulate": 2,
+  "optimizer__ema_decay": 0.9,
+  "model__dropout": 0.1,
 }
 
 

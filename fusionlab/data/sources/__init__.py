@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from fusionlab.data.config import SourceConfig
+from fusionlab.errors import UserError
 from fusionlab.registry import Registry
 
 
@@ -93,4 +94,10 @@ def load_source(name: str, config: SourceConfig) -> Source:
     UserError: an unknown kind (with the nearest name), a missing package, or
       a path the kind cannot read.
   """
-  return SOURCES.load(config.kind)(config, name)
+  kind = SOURCES.load(config.kind)
+  if not isinstance(kind, type) or not issubclass(kind, Source):
+    raise UserError(
+      f"config.data.sources.{name}.kind={config.kind!r} is no source: it must be"
+      f" a class with fingerprint(), examples() and __len__()"
+    )
+  return kind(config, name)

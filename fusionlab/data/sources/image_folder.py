@@ -1,6 +1,7 @@
 """A folder of pictures, each beside a text file of the same name."""
 
 import functools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,7 +62,7 @@ class ImageFolder:
       lines = decode(self._read(text), self._where(text)).splitlines()
       captions = dict.fromkeys(x.strip() for x in lines if x.strip())
       yield Example(
-        key=image.relative_to(self._root).as_posix(),
+        key=os.fsencode(image.relative_to(self._root)).decode(errors="replace"),
         split=content_split(data, self._config.heldout),
         parts=(Part("text", tuple(captions)), Part("image", (picture,))),
       )

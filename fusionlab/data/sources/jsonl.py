@@ -98,12 +98,12 @@ class JsonLines:
   def _row(self, number: int, line: bytes) -> dict[str, Any]:
     try:
       row = json.loads(decode(line, self._where(number)))
-    except (json.JSONDecodeError, RecursionError) as error:
-      reason = (
-        f"{error.msg}, column {error.colno}"
-        if isinstance(error, json.JSONDecodeError)
-        else "nested too deeply"
-      )
+    except (ValueError, RecursionError) as error:
+      reason = "nested too deeply"
+      if isinstance(error, ValueError):
+        reason = str(error)
+      if isinstance(error, json.JSONDecodeError):
+        reason = f"{error.msg}, column {error.colno}"
       raise UserError(
         f"{self._where(number)} is not JSON ({reason}); write one object a"
         f' line, e.g. {{"text": "…"}}'

@@ -48,7 +48,8 @@ def versions(*modules: str) -> dict[str, str]:
 def digest(facts: Mapping[str, Any]) -> str:
   """Returns the sha256 (hex) of a JSON-ready mapping."""
   text = json.dumps(facts, sort_keys=True, ensure_ascii=False)
-  return hashlib.sha256(text.encode()).hexdigest()
+  # A file name that is not UTF-8 has surrogates in it.
+  return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def uniform(salt: str, key: str) -> float:

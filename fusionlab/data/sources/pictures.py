@@ -41,7 +41,7 @@ def read_picture(data: bytes, where: str) -> UInt8[np.ndarray, "H W 3"]:
       f"{where} is larger than {Image.MAX_IMAGE_PIXELS} pixels; shrink or"
       f" remove it"
     ) from None
-  except (OSError, SyntaxError, ValueError, EOFError) as error:
+  except Exception as error:  # Pillow's plugins raise kinds of their own
     raise UserError(
       f"{where} is a broken picture ({_one_line(error)}); replace or remove it"
     ) from error
