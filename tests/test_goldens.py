@@ -12,12 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from configs import mot_chameleon
+from configs import mot_chameleon, vq_openmoji
 from fusionlab.batch import Vocabulary
-from fusionlab.config import flatten
+from fusionlab.config import flatten, from_mapping, to_mapping
 from fusionlab.experiment import Experiment
 from fusionlab.models import build_model
 from fusionlab.models.mixture_of_transformers import SIZES
+from fusionlab.tokenizers.recipe import Recipe
 from fusionlab.train.optimizer import decay_mask, path_name
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -122,6 +123,14 @@ def test_decay_of_each_parameter(name, size):
   compare(GOLDENS / f"{name}_{size}" / "decay.txt", text)
 
 
+def test_tokenizers_recipe():
+  recipe = from_mapping(Recipe, vq_openmoji.get_config().to_dict())
+  keys = flatten(to_mapping(recipe))
+  text = "".join(f"{key} = {keys[key]!r}\n" for key in sorted(keys))
+  compare(GOLDENS / "vq_openmoji" / "config.txt", text)
+
+
 def test_no_golden_is_left_over():
   known = {f"{name}_{size}" for name, size in [*CASES, DENSE_TINY]}
+  known.add("vq_openmoji")
   assert {p.name for p in GOLDENS.iterdir() if p.is_dir()} == known

@@ -88,7 +88,7 @@ def test_chunked_equals_plain(chunk):
 
 
 def test_temporaries_do_not_grow_with_the_vocabulary_times_length():
-  """At V=65,536 nothing holds B·L·V: the backward pass recomputes a chunk."""
+  """At V=65,536 nothing holds B·L·V: a chunk gives its gradient at once."""
   vocabulary = Vocabulary(("text",), (65_536,), begin=(0,), end=(0,))
   config = MixtureOfTransformersConfig(
     modalities=("text",), towers=(0,), dim=16, num_layers=1, num_heads=2,
