@@ -5,7 +5,7 @@ in the order of the seeded mixture through a lookahead window and put into rows;
 groups of rows share one count of places per modality, so that the arrays of a
 group have static shapes. No document is torn, but for one rule: a document of
 text alone that is longer than a row (or than a group's text places) is cut into
-the fewest pieces that fit, whose lengths differ by at most one.
+the fewest pieces that fit: full ones, and one with the rest.
 """
 
 import dataclasses
@@ -356,7 +356,9 @@ def plan_epoch(
 def _pieces(
   lengths: Int[np.ndarray, "n K"], limit: int
 ) -> tuple[Int[np.ndarray, " p"], Int[np.ndarray, " p"], Int[np.ndarray, " p"]]:
-  """Cuts text-only documents above `limit` into equal pieces.
+  """Cuts text-only documents above `limit` into full pieces and a rest.
+
+  Equal pieces would leave a hole in every row: two of them rarely share one.
 
   Returns:
     document, first token and end of each piece.
@@ -366,6 +368,7 @@ def _pieces(
   number = np.where(text_only, -(-total // limit), 1)
   owner = np.repeat(np.arange(len(total)), number)
   which = docs.ragged(np.zeros_like(number), number)
-  start = which * total[owner] // number[owner]
-  stop = (which + 1) * total[owner] // number[owner]
+  start = which * np.where(text_only, limit, 0)[owner]
+  stop = np.where(text_only[owner], start + limit, total[owner])
+  stop = np.minimum(stop, total[owner])
   return owner, start, stop

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import rich.console
 import rich.progress
 import tensorflow_datasets as tfds
 
@@ -232,9 +233,15 @@ def _write(
   keys: set[str] = set()
   with contextlib.ExitStack() as stack:
     spools: dict[str, Any] = {}
+    console = rich.console.Console(stderr=True)
+    if not console.is_terminal:
+      console.print(f"preparing {name}: {len(source):,} examples")
     progress = stack.enter_context(
       rich.progress.Progress(
-        *rich.progress.Progress.get_default_columns(), transient=True
+        *rich.progress.Progress.get_default_columns(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
       )
     )
     task = progress.add_task(f"preparing {name}", total=len(source))

@@ -4,8 +4,10 @@ import dataclasses
 
 import pytest
 
-from fusionlab.analysis import parameters
+from configs.mot_chameleon import get_config
+from fusionlab.analysis import parameters, summary
 from fusionlab.analysis.devices import peak_flops
+from fusionlab.experiment import Experiment
 from fusionlab.models.mixture_of_transformers import (
   MixtureOfTransformersConfig,
 )
@@ -62,3 +64,21 @@ def test_towers_split_the_total():
 def test_peaks_by_device_kind(kind, peak):
   """The longest matching name counts; a CPU has none."""
   assert peak_flops(_Device(kind)) == peak
+
+
+def test_summary_names_every_number():
+  """Totals, towers, FLOPs and bytes stand in the table as counted."""
+  mapping = get_config().to_dict()
+  mapping["mesh"] |= {"preset": "gpu", "fsdp": 4}
+  experiment = Experiment.from_mapping(mapping)
+  counts = parameters.count(experiment.model, 4096)
+  text = summary.render(experiment)
+  for number in (counts.total, counts.active, *counts.per_tower.values()):
+    assert f"{number:,}" in text
+  forward = experiment.model.forward_flops_per_token(4096, 512)
+  assert f"{forward / 1e6:,.1f}" in text
+  # float32 parameters, gradients and two moments over four devices.
+  assert f"{16 * counts.total / 4 / 2**20:,.1f}" in text
+  assert "bytes per device" in text
+  whole = Experiment.from_mapping(mapping | {"mesh": {"preset": "gpu"}})
+  assert "bytes of all devices" in summary.render(whole)

@@ -91,8 +91,7 @@ def _check(streams, plan, counts, row_length, seed=0):
     assert all(a[1] == b[0] for a, b in itertools.pairwise(found))
     if text[found[0][2]]:
       assert len(found) == -(-total // limit)
-      sizes = [b - a for a, b, _ in found]
-      assert max(sizes) - min(sizes) <= 1
+      assert all(stop - start == limit for start, stop, _ in found[:-1])
     else:
       assert len(found) == 1
   tokens = np.stack([np.where(text, size, whole[:, 0]), whole[:, 1]], 1)
@@ -242,7 +241,7 @@ def test_one_pass_in_stored_order_without_shuffle():
   row_length=st.sampled_from([8, 64, 512]),
 )
 @hypothesis.settings(max_examples=20, deadline=None)
-def test_long_texts_are_cut_into_fewest_equal_pieces(rows, row_length):
+def test_long_texts_are_cut_into_the_fewest_pieces(rows, row_length):
   total = [1 + int(r * row_length) for r in rows]
   streams = [Stream("t", fakes.text_counts(total), 1.0)]
   counts = (2 * row_length, 0)
@@ -251,6 +250,13 @@ def test_long_texts_are_cut_into_fewest_equal_pieces(rows, row_length):
   text_places = (row_length // 2, 2 * row_length - row_length // 2)
   plan = _plan(streams, text_places, row_length=row_length, group_rows=2)
   _check(streams, plan, text_places, row_length)
+
+
+def test_long_texts_fill_their_rows():
+  """Texts of a third more than a row: a rest shares its row with others."""
+  streams = [Stream("t", fakes.text_counts([700] * 600), 1.0)]
+  plan = _plan(streams, (8 * 512, 0), row_length=512, group_rows=8)
+  assert plan.used[:-1, 0].mean() / (8 * 512) > 0.9
 
 
 @pytest.mark.parametrize(
