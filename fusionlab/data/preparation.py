@@ -234,16 +234,11 @@ def _write(
   with contextlib.ExitStack() as stack:
     spools: dict[str, Any] = {}
     console = rich.console.Console(stderr=True)
-    if not console.is_terminal:
+    quiet = not console.is_terminal
+    if quiet:
       console.print(f"preparing {name}: {len(source):,} examples")
-    progress = stack.enter_context(
-      rich.progress.Progress(
-        *rich.progress.Progress.get_default_columns(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-      )
-    )
+    bar = rich.progress.Progress(console=console, transient=True, disable=quiet)
+    progress = stack.enter_context(bar)
     task = progress.add_task(f"preparing {name}", total=len(source))
     for batch in _batches(source.examples()):
       tokenised = _tokenise(batch, tokenizers, name)

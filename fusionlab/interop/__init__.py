@@ -1,0 +1,1 @@
+"""Weights from and to published names: declarative tables, one file per system."""
