@@ -5,9 +5,12 @@ function too.
 """
 
 import ast
+import configparser
 import functools
+import importlib.metadata
 import pathlib
 import re
+import sys
 
 import pytest
 
@@ -63,6 +66,14 @@ FORBIDDEN = {
     "fusionlab.models.transformer",
     "kernels_pallas",
   ],
+  "fusionlab.analysis": ["fusionlab.data", "fusionlab.train", "fusionlab.nn"],
+  "fusionlab.evaluate": [
+    "fusionlab.nn",
+    "fusionlab.models.mixture_of_transformers",
+    "fusionlab.train.loop",
+    "kernels_pallas",
+  ],
+  "fusionlab.interop": ["fusionlab.data", "fusionlab.train", "fusionlab.nn"],
   "fusionlab.sharding": [
     "fusionlab.models",
     "fusionlab.data",
@@ -136,6 +147,29 @@ def violations(path: pathlib.Path) -> list[str]:
 def test_imports_go_one_way():
   found = [line for path in SOURCES for line in violations(path)]
   assert not found, "\n".join(found)
+
+
+def test_every_package_that_is_imported_is_required():
+  """setup.cfg names what the wheel imports, in install_requires or an extra."""
+  setup = configparser.ConfigParser()
+  setup.read(ROOT / "setup.cfg")
+  lines = setup["options"]["install_requires"].split()
+  for extra in setup["options.extras_require"].values():
+    lines += extra.split()
+  required = {canonical(re.split(r"[\[>=<]", line)[0]) for line in lines}
+  distributions = importlib.metadata.packages_distributions()
+  missing = {
+    f"{path} imports {name}"
+    for path in SOURCES
+    for name in {n.partition(".")[0] for n in imports_of(path)}
+    if name not in sys.stdlib_module_names and name not in PACKAGES
+    if not required & {canonical(d) for d in distributions.get(name, [name])}
+  }
+  assert not missing, "\n".join(sorted(missing))
+
+
+def canonical(name: str) -> str:
+  return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def test_only_the_gate_of_an_operation_imports_its_implementations():

@@ -39,6 +39,11 @@ def status(workdir):
   return json.loads((workdir / "status.json").read_text())
 
 
+def running(workdir):
+  path = workdir / "status.json"
+  return path.exists() and status(workdir)["status"] == "running"
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
   """A folder with a run `whole` that nobody killed."""
@@ -112,6 +117,29 @@ def test_sigterm_saves_and_exits_with_zero(uninterrupted):
   assert 4 <= said["step"] < FLAT["train__num_steps"]
   assert processes.run(folder, workdir, FLAT) == 0
   assert rows(workdir) == rows(folder / "whole")
+
+
+def test_sigterm_at_random_moments(uninterrupted):
+  """During a step, an evaluation or a save: it saves, exits 0 and continues."""
+  folder, workdir = uninterrupted, uninterrupted / "terminated"
+  seed = int.from_bytes(os.urandom(4), "little")
+  moments = random.Random(seed)
+  for _ in range(4):
+    process = processes.start(folder, workdir, FLAT, delay=0.02)
+    # Before that line it has no handler: the system ends it, nothing is lost.
+    while not running(workdir):
+      assert process.is_alive()
+      time.sleep(0.005)
+    time.sleep(moments.uniform(0, 3))
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 0, f"seed {seed}"
+    said = status(workdir)
+    assert said["status"] in ("preempted", "finished"), f"seed {seed}"
+    found = checkpoint.newest(workdir / "checkpoints")
+    assert found is None or found.name == str(said["step"]), f"seed {seed}"
+  assert processes.run(folder, workdir, FLAT) == 0
+  assert rows(workdir) == rows(folder / "whole"), f"seed {seed}"
 
 
 def test_sigterm_before_the_first_step(uninterrupted):
