@@ -247,8 +247,15 @@ def _compare(
   inside = covered[:, None]
   x = np.where(inside, case["x"], 0).astype(np.float32)
   params = jax.tree.map(jnp.asarray, tree("w/"))
-  out, pull = jax.vjp(run, params, jnp.asarray(x))
-  d_params, d_x = pull(jnp.asarray(np.where(inside, case["cotangent"], 0)))
+
+  @jax.jit
+  def output_and_gradients(params, x, cotangent):
+    out, pull = jax.vjp(run, params, x)
+    return out, *pull(cotangent)
+
+  out, d_params, d_x = output_and_gradients(
+    params, x, np.where(inside, case["cotangent"], 0)
+  )
   truth = case.get("out_f64", case["out"])
   pairs = {
     "out": (out * inside, truth * inside),
