@@ -130,6 +130,56 @@ def causal_intervals(
   return k_start, k_end
 
 
+def causal_batch(
+  tokens: Int[np.ndarray, "B L"],
+  segment: Int[np.ndarray, "B L"],
+  position: Int[np.ndarray, "B L"],
+  vocabulary: Vocabulary,
+  *,
+  towers: Sequence[int] | None = None,
+  counts: Sequence[int] = (),
+  group_rows: int = 0,
+) -> Batch:
+  """Completes a causal batch from its tokens and documents.
+
+  Args:
+    tokens: int32, ids of the rows, 0 on padding.
+    segment: int32, document within the row, from 1; 0 is padding.
+    position: int32, position within the document.
+    vocabulary: gives each id's modality.
+    towers: tower of each modality; None makes no layout.
+    counts: places of each tower in a group, see `make_layout`.
+    group_rows: rows of a group.
+
+  Raises:
+    UserError: see `make_layout`.
+  """
+  real = segment > 0
+  modality = np.where(real, vocabulary.modality_of(tokens), 0).astype(np.int32)
+  k_start, k_end = causal_intervals(segment, position)
+  target = np.zeros_like(tokens)
+  weight = np.zeros(tokens.shape, np.float32)
+  follows = real[:, 1:] & (segment[:, 1:] == segment[:, :-1])
+  target[:, :-1] = np.where(follows, tokens[:, 1:], 0)
+  weight[:, :-1] = follows
+  layout = None
+  if towers is not None:
+    layout = make_layout(
+      modality, real, towers=towers, counts=counts, group_rows=group_rows
+    )
+  return Batch(
+    tokens=tokens,
+    modality=modality,
+    segment=segment,
+    position=position,
+    k_start=k_start,
+    k_end=k_end,
+    target=target,
+    weight=weight,
+    layout=layout,
+  )
+
+
 def batch_of_ids(
   documents: Sequence[Sequence[int]],
   vocabulary: Vocabulary,
@@ -164,13 +214,9 @@ def batch_of_ids(
       f"batch_of_ids got documents of {lengths} ids for rows of {length}; each"
       f" needs 1 to {length} ids"
     )
-  shape = (len(lengths), length)
-  tokens = np.full(shape, vocabulary.pad, np.int32)
-  target, weight = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+  tokens = np.zeros((len(lengths), length), np.int32)
   for row, ids in enumerate(documents):
     tokens[row, : len(ids)] = ids
-    target[row, : len(ids) - 1] = ids[1:]
-    weight[row, : len(ids) - 1] = 1.0
   if tokens.min() < 0 or tokens.max() >= vocabulary.size:
     raise UserError(
       f"batch_of_ids got ids from {tokens.min()} to {tokens.max()}; the"
@@ -178,27 +224,16 @@ def batch_of_ids(
     )
   column = np.arange(length, dtype=np.int32)
   real = column < np.asarray(lengths)[:, None]
-  segment = real.astype(np.int32)
-  position = np.where(real, column, 0).astype(np.int32)
-  modality = np.where(real, vocabulary.modality_of(tokens), 0).astype(np.int32)
-  k_start, k_end = causal_intervals(segment, position)
-  layout = None
-  if max(towers) > 0:
-    if counts is None:
-      tower = np.asarray(towers)[modality]
-      used = [int(((tower == k) & real).sum()) for k in range(max(towers) + 1)]
-      counts = [real.size - sum(used[1:]), *used[1:]]
-    layout = make_layout(
-      modality, real, towers=towers, counts=counts, group_rows=len(lengths)
-    )
-  return Batch(
-    tokens=np.where(real, tokens, 0),
-    modality=modality,
-    segment=segment,
-    position=position,
-    k_start=k_start,
-    k_end=k_end,
-    target=target,
-    weight=weight,
-    layout=layout,
+  if max(towers) > 0 and counts is None:
+    tower = np.asarray(towers)[vocabulary.modality_of(tokens)]
+    used = [int(((tower == k) & real).sum()) for k in range(max(towers) + 1)]
+    counts = [real.size - sum(used[1:]), *used[1:]]
+  return causal_batch(
+    tokens,
+    real.astype(np.int32),
+    np.where(real, column, 0).astype(np.int32),
+    vocabulary,
+    towers=towers if max(towers) > 0 else None,
+    counts=counts or (),
+    group_rows=len(lengths),
   )

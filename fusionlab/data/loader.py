@@ -19,12 +19,12 @@ from typing import Protocol, runtime_checkable
 import grain
 import numpy as np
 
-from fusionlab.batch import Batch, Vocabulary, causal_intervals
+from fusionlab.batch import Batch, Vocabulary, causal_batch
 from fusionlab.data import documents as docs
 from fusionlab.data.documents import Chances, Record
 from fusionlab.data.plan import Plan, Stream, plan_epoch
 from fusionlab.errors import UserError
-from fusionlab.routing import make_layout, tower_counts
+from fusionlab.routing import tower_counts
 
 _PLANS_KEPT = 3
 
@@ -248,7 +248,15 @@ class Loader:
         segment[row, column:until] = number + 1
         position[row, column:until] = np.arange(len(piece))
         column = until
-    return finish_batch(tokens, segment, position, self.vocabulary, rows)
+    return causal_batch(
+      tokens,
+      segment,
+      position,
+      self.vocabulary,
+      towers=rows.towers,
+      counts=tower_counts(rows.counts, rows.towers) if rows.towers else (),
+      group_rows=rows.group_rows,
+    )
 
   def _documents(self, plan: Plan, pieces: slice) -> list[np.ndarray]:
     """Ids of consecutive pieces of a plan."""
@@ -276,49 +284,3 @@ class Loader:
         part = slice(plan.start[pieces][piece], plan.stop[pieces][piece])
         ids[piece] = whole[part]
     return ids
-
-
-def finish_batch(
-  tokens: np.ndarray,
-  segment: np.ndarray,
-  position: np.ndarray,
-  vocabulary: Vocabulary,
-  rows: Rows,
-) -> Batch:
-  """Completes a batch from its tokens and documents.
-
-  Args:
-    tokens: int32 [B, L], ids of the rows, see `Batch`.
-    segment: int32 [B, L], document within the row.
-    position: int32 [B, L], position within the document.
-    vocabulary: gives each id's modality.
-    rows: group size, counts and towers of the layout.
-  """
-  real = segment > 0
-  modality = np.where(real, vocabulary.modality_of(tokens), 0).astype(np.int32)
-  k_start, k_end = causal_intervals(segment, position)
-  target = np.zeros_like(tokens)
-  weight = np.zeros(tokens.shape, np.float32)
-  follows = real[:, 1:] & (segment[:, 1:] == segment[:, :-1])
-  target[:, :-1] = np.where(follows, tokens[:, 1:], 0)
-  weight[:, :-1] = follows
-  layout = None
-  if rows.towers is not None:
-    layout = make_layout(
-      modality,
-      real,
-      towers=rows.towers,
-      counts=tower_counts(rows.counts, rows.towers),
-      group_rows=rows.group_rows,
-    )
-  return Batch(
-    tokens=tokens,
-    modality=modality,
-    segment=segment,
-    position=position,
-    k_start=k_start,
-    k_end=k_end,
-    target=target,
-    weight=weight,
-    layout=layout,
-  )

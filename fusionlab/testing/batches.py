@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fusionlab.batch import Batch, Vocabulary, causal_intervals
+from fusionlab.batch import Batch, Vocabulary, causal_batch
 from fusionlab.routing import Layout, make_layout
 
 
@@ -57,20 +57,9 @@ def random_batch(
   )
   drawn = rng.integers(0, np.asarray(vocabulary.sizes)[modality])
   tokens = np.where(segment > 0, offsets[modality] + drawn, 0).astype(np.int32)
-  following = np.roll(segment, -1, axis=1)
-  following[:, -1] = 0
-  has_target = (segment > 0) & (following == segment)
-  k_start, k_end = causal_intervals(segment, position)
-  return Batch(
-    tokens=tokens,
-    modality=modality,
-    segment=segment,
-    position=position,
-    k_start=k_start,
-    k_end=k_end,
-    target=np.where(has_target, np.roll(tokens, -1, axis=1), 0),
-    weight=has_target.astype(np.float32),
-    layout=layout_of(modality, segment > 0, towers, group_rows),
+  batch = causal_batch(tokens, segment, position, vocabulary)
+  return batch.replace(
+    layout=layout_of(modality, segment > 0, towers, group_rows)
   )
 
 

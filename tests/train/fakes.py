@@ -16,9 +16,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from fusionlab.batch import Batch, causal_intervals
+from fusionlab.batch import Batch, causal_batch
 from fusionlab.experiment import Experiment
-from fusionlab.routing import Towers, make_layout
+from fusionlab.routing import Towers
 from fusionlab.tokenizers import ImageTokenizer, TextTokenizer, Tokenizers
 from fusionlab.tokenizers.autoencoder import ImageConfig, init_params
 
@@ -101,37 +101,21 @@ class FakeLoader:
         segment[row, span] = number
         position[row, span] = np.arange(len(document))
         at += len(document)
-    k_start, k_end = causal_intervals(segment, position)
-    target, weight = np.zeros_like(tokens), np.zeros(tokens.shape, np.float32)
-    follows = (segment[:, 1:] == segment[:, :-1]) & (segment[:, 1:] > 0)
-    target[:, :-1] = np.where(follows, tokens[:, 1:], 0)
-    weight[:, :-1] = follows
-    if step in self.nan_at:
-      weight = weight * np.float32(np.nan)
-    modality = np.where(segment > 0, v.modality_of(tokens), 0).astype(np.int32)
     model = self.experiment.model
     towers = Towers.parse(model.modalities, model.towers, model.untie)
-    layout = None
-    if towers.count > 1:
-      group = self.experiment.data.group_rows
-      layout = make_layout(
-        modality,
-        segment > 0,
-        towers=towers.of_modality,
-        counts=(group * (LENGTH - 12), group * 12),
-        group_rows=group,
-      )
-    return Batch(
-      tokens=tokens,
-      modality=modality,
-      segment=segment,
-      position=position,
-      k_start=k_start,
-      k_end=k_end,
-      target=target,
-      weight=weight,
-      layout=layout,
+    group = self.experiment.data.group_rows
+    batch = causal_batch(
+      tokens,
+      segment,
+      position,
+      v,
+      towers=towers.of_modality if towers.count > 1 else None,
+      counts=(group * (LENGTH - 12), group * 12),
+      group_rows=group,
     )
+    if step in self.nan_at:
+      batch = batch.replace(weight=batch.weight * np.float32(np.nan))
+    return batch
 
   def iterate(self, start: int):
     """Yields batches from a step on."""
