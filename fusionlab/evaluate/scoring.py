@@ -113,7 +113,7 @@ def table(row: Row, step: int) -> Table:
   shown = Table(title=f"held-out, step {step}")
   shown.add_column("metric", no_wrap=True)
   for split in splits:
-    shown.add_column(split, justify="right")
+    shown.add_column(split.removeprefix("heldout_"), justify="right")
   for metric, values in cells.items():
     shown.add_row(
       metric, *(f"{values[s]:.4f}" if s in values else "" for s in splits)

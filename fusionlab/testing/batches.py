@@ -1,5 +1,6 @@
 """Random packed batches of any interleaving, for tests and benchmarks."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,8 +59,8 @@ def random_batch(
   drawn = rng.integers(0, np.asarray(vocabulary.sizes)[modality])
   tokens = np.where(segment > 0, offsets[modality] + drawn, 0).astype(np.int32)
   batch = causal_batch(tokens, segment, position, vocabulary)
-  return batch.replace(
-    layout=layout_of(modality, segment > 0, towers, group_rows)
+  return dataclasses.replace(
+    batch, layout=layout_of(modality, segment > 0, towers, group_rows)
   )
 
 
