@@ -11,11 +11,11 @@ steps to equal loss of MoT against the dense model at equal FLOPs per step.
 
 `tiny` (default): OpenMoji pictures in two styles with their names, flags with
 facts, World Factbook passages. On 2 CPU cores 600 steps of 2,048 tokens at about
-3,900 tokens/s: 6 minutes with the first preparation of the data (15 s), no network;
+4,600 tokens/s: 5 minutes with the first preparation of the data (15 s), no network;
 after `config.train.max_seconds` (8 minutes) a slower machine stops early, saves and
 scores (half a minute). Expect, held out, seed 0: text 3.90 nats a token (1.72 bits a
-byte), image 2.49 nats a code, and 0.7 nats a picture that the caption saves. The
-pictures are few: much of what is learned about them is memory.
+byte), image 2.50 nats a code, and 0.6 to 0.75 nats a picture that the caption saves.
+The pictures are few: much of what is learned about them is memory.
 
 The paper's sizes (37m 94m 443m 880m 1.5b 7b; `1_5b` is the same as `1.5b`) keep
 its rows of 4,096 tokens, batch, steps and 65,536 ids. The paper does not state
