@@ -43,11 +43,7 @@ def losses(workdir: pathlib.Path) -> dict[int, dict[str, str]]:
     return {}
   with path.open(newline="", encoding="utf-8") as file:
     return {
-      int(row["step"]): {
-        k: v
-        for k, v in row.items()
-        if k.startswith(("train/loss", "data/fill"))
-      }
+      int(row["step"]): {k: v for k, v in row.items() if "train/loss" in k}
       for row in csv.DictReader(file)
       if row["step"].isdigit() and row.get("train/loss/text")
     }

@@ -57,6 +57,8 @@ class Registry:
     try:
       module = importlib.import_module(module_name)
     except Exception as error:  # whatever running a user's file may raise
+      if kind in self.entries:
+        raise  # ours: a package to install, or a bug
       raise UserError(
         f"{self.noun} kind {kind!r}: cannot import {module_name!r} ({error});"
         f" is its package installed and on PYTHONPATH?"

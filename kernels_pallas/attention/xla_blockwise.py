@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 _MASKED = -1e30
-# 128 queries use a core's cache best; 8 segments compute 1/16 of the scores of
-# a long row in vain, and no more blocks than that are ever in memory together.
+# A block's scores grow with its queries, and so does memory; 8 segments compute
+# up to an eighth more scores than a long causal row needs.
 _MAX_BLOCK = 128
 _MAX_SEGMENTS = 8
 
