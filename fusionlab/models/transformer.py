@@ -27,6 +27,7 @@ from fusionlab.nn.stack import Stack
 from fusionlab.routing import Routed, Router, Towers, make_layout, make_router
 from fusionlab.sharding import axes
 from fusionlab.sharding.rules import constrain
+from kernels_pallas.attention.api import IMPLEMENTATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +81,9 @@ class TransformerConfig:
   tie_embeddings: bool = option(False, "one table for input and output")
   causal: bool = option(
     True,
-    "promise that no query sees a later key, which attention may use; False"
-    " where the batch has spans that see themselves whole",
+    "promise that a token sees its own document up to itself, which attention"
+    " may use; False where the batch has other intervals (spans that see"
+    " themselves whole, windows)",
   )
   dispatch: str = option(
     "layout",
@@ -91,7 +93,7 @@ class TransformerConfig:
   attention: str = option(
     "auto",
     "implementation of attention, by name",
-    choices=("auto", "reference", "xla_blockwise"),
+    choices=("auto", *IMPLEMENTATIONS),
   )
   remat: str = option(
     "none",

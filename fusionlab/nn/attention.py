@@ -17,6 +17,7 @@ from fusionlab.nn.functional.rotary import rotate
 from fusionlab.nn.parameters import Weight, cast, declare, fan_in
 from fusionlab.routing import Routed, Router, Towers
 from fusionlab.sharding import axes
+from fusionlab.sharding.rules import per_shard
 from kernels_pallas.attention import attention
 
 
@@ -47,7 +48,8 @@ class Attention(nn.Module):
     norm_eps: of the QK-norm.
     out_scale: factor on the output projection's initial deviation.
     implementation: of the mixing, by name.
-    causal: whether no query ever sees a later key.
+    causal: whether the intervals are the causal documents: a token sees its
+      own document up to itself.
   """
 
   towers: Towers
@@ -108,14 +110,16 @@ class Attention(nn.Module):
     q = rotate(project("q", h), visibility.cos, visibility.sin)
     k = rotate(project("k", g), visibility.cos, visibility.sin)
     v = project("v", g)
-    mixed = attention(
-      q,
-      k,
-      v,
-      visibility.k_start,
-      visibility.k_end,
+    mix = functools.partial(
+      attention,
       causal=self.causal,
+      documents=self.causal,
       implementation=self.implementation,
+    )
+    row = (axes.ACT_BATCH, axes.ACT_LENGTH)
+    queries, keys = (*row, axes.HEADS), (*row, axes.KV_HEADS)
+    mixed = per_shard(mix, (queries, keys, keys, row, row), queries)(
+      q, k, v, visibility.k_start, visibility.k_end
     )
     mixed = mixed.reshape(*mixed.shape[:2], h * dh)
     out = router.enter((mixed,)) if routed else (mixed,)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -156,6 +156,34 @@ def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
     return x
   names = (*names, *(None,) * (x.ndim - len(names)))
   return jax.lax.with_sharding_constraint(x, spec(names))
+
+
+def per_shard(
+  f: Callable[..., jax.Array],
+  inputs: Sequence[Sequence[str | None]],
+  output: Sequence[str | None],
+) -> Callable[..., jax.Array]:
+  """Runs a function on each device's own part of its arguments.
+
+  For what the partitioner cannot split: kernels, and loops over the batch. No
+  part sees another, so no communication enters. Without a mesh in scope, the
+  function itself.
+
+  Args:
+    f: of arrays; every axis that is split must be independent of the others.
+    inputs: for each argument, a name of `sharding.axes` for each leading axis.
+    output: the same for the result.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return f
+  return jax.shard_map(
+    f,
+    mesh=mesh,
+    in_specs=tuple(spec(names) for names in inputs),
+    out_specs=spec(output),
+    check_vma=False,
+  )
 
 
 def in_mesh(mesh: Mesh):

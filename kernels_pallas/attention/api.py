@@ -1,14 +1,27 @@
 """The gate of attention: implementations by name, the choice logged once."""
 
+import difflib
 import functools
+import importlib
+from typing import Any
 
 import jax
 from absl import logging
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.attention import reference, xla_blockwise
+from kernels_pallas.platform import target_platform
 
-IMPLEMENTATIONS = ("reference", "xla_blockwise")
+# Name -> what it is told of the call's promises.
+_PROMISES = {
+  "reference": (),
+  "xla_blockwise": ("causal",),
+  "tokamax": ("causal", "documents"),
+  "cudnn": ("causal", "documents"),
+  "splash": ("causal", "documents"),
+}
+IMPLEMENTATIONS = tuple(_PROMISES)
+# What "auto" tries, per platform, before `xla_blockwise`, which takes any call.
+_FASTER = {"gpu": ("tokamax", "cudnn"), "tpu": ("splash",)}
 
 
 def attention(
@@ -19,6 +32,7 @@ def attention(
   k_end: Int[Array, "B Q"],
   *,
   causal: bool = True,
+  documents: bool = False,
   scale: float | None = None,
   implementation: str = "auto",
 ) -> Float[Array, "B Q H D"]:
@@ -32,18 +46,48 @@ def attention(
     k_end: one past the last; an empty interval gives 0.
     causal: promises that query i sees no key after i (intervals narrow it
       further), so implementations may skip those keys unseen.
+    documents: promises more: the intervals are whole causal documents. Query i
+      sees from its document's first position up to itself, or nothing at all
+      (padding). An implementation that relies on it gives NaN where it is
+      broken.
     scale: multiplies the scores; default D^(−1/2).
-    implementation: a name of `IMPLEMENTATIONS`, or "auto". A name never falls
-      back to another.
+    implementation: a name of `IMPLEMENTATIONS`, or "auto": the platform's first
+      that can do the call. A name never falls back to another.
 
   Raises:
-    ValueError: an unknown implementation, heads that do not group, or `causal`
-      with Q != S.
+    ValueError: an unknown implementation, one that cannot do this call, heads
+      that do not group, `causal` with Q != S, or `documents` without `causal`.
   """
-  if implementation not in ("auto", *IMPLEMENTATIONS):
+  _check(q, k, causal, documents, implementation)
+  promises = {"causal": causal, "documents": documents}
+  if implementation == "auto":
+    implementation = _choose(q, k, v, promises)
+  elif reason := _refusal(implementation, q, k, v, promises):
     raise ValueError(
-      f"attention implementation {implementation!r} is unknown; allowed: auto,"
-      f" {', '.join(IMPLEMENTATIONS)}"
+      f"attention implementation {implementation!r} cannot do this call:"
+      f" {reason}"
+    )
+  options = {name: promises[name] for name in _PROMISES[implementation]}
+  factor = q.shape[-1] ** -0.5 if scale is None else scale
+  return _module(implementation).attention(
+    q, k, v, k_start, k_end, scale=factor, **options
+  )
+
+
+def _check(
+  q: jax.Array,
+  k: jax.Array,
+  causal: bool,
+  documents: bool,
+  implementation: str,
+) -> None:
+  allowed = ("auto", *IMPLEMENTATIONS)
+  if implementation not in allowed:
+    close = difflib.get_close_matches(implementation, allowed, n=1)
+    raise ValueError(
+      f"attention implementation {implementation!r} is unknown; allowed:"
+      f" {', '.join(allowed)}"
+      + "".join(f"; did you mean {name!r}?" for name in close)
     )
   if q.shape[2] % k.shape[2]:
     raise ValueError(
@@ -54,22 +98,45 @@ def attention(
       f"causal attention of {q.shape[1]} queries to {k.shape[1]} keys: pass"
       f" causal=False and intervals"
     )
-  factor = q.shape[-1] ** -0.5 if scale is None else scale
-  if implementation == "auto":
-    implementation = "xla_blockwise"
-    _log_choice(implementation, jax.default_backend())
-  if implementation == "reference":
-    return reference.attention(q, k, v, k_start, k_end, scale=factor)
-  return xla_blockwise.attention(
-    q, k, v, k_start, k_end, scale=factor, causal=causal
-  )
+  if documents and not causal:
+    raise ValueError(
+      "documents=True promises causal intervals: pass causal=True, or"
+      " documents=False"
+    )
+
+
+def _module(implementation: str) -> Any:
+  # Only now: tokamax and Pallas are slow to import and may be missing.
+  return importlib.import_module(f"{__package__}.{implementation}")
+
+
+def _refusal(
+  implementation: str,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  promises: dict[str, bool],
+) -> str | None:
+  # The reference and xla_blockwise take any call.
+  refuse = getattr(_module(implementation), "refusal", None)
+  return refuse and refuse(q, k, v, **promises)
+
+
+def _choose(
+  q: jax.Array, k: jax.Array, v: jax.Array, promises: dict[str, bool]
+) -> str:
+  platform = target_platform()
+  choice, refused = "xla_blockwise", ""
+  for name in _FASTER.get(platform, ()):
+    reason = _refusal(name, q, k, v, promises)
+    if reason is None:
+      choice = name
+      break
+    refused += f"; {name} refused: {reason}"
+  _log_choice(f"attention: {choice} on {platform}{refused}")
+  return choice
 
 
 @functools.cache
-def _log_choice(implementation: str, backend: str) -> None:
-  logging.info(
-    "attention: %s on %s (the only implementation for any interval and length"
-    " without L² memory)",
-    implementation,
-    backend,
-  )
+def _log_choice(line: str) -> None:
+  logging.info("%s", line)

@@ -178,3 +178,35 @@ def test_unknown_and_colliding_axes_are_refused():
     rules.spec(("embd",))
   with pytest.raises(UserError, match="twice"):
     rules.spec((axes.EMBED, axes.EMBED))
+
+
+def test_the_gradients_only_collective_under_data_parallelism_is_a_sum():
+  """Attention's loop over heads and rows stays on each device."""
+  model = _model()
+  objective = build_objective(
+    NextTokenConfig(chunk=8), VOCABULARY, np.ones(48, np.int32)
+  )
+  batch = random_batch(
+    np.random.default_rng(0), VOCABULARY, rows=16, length=256, towers=(0, 1),
+    group_rows=2,
+  )  # fmt: skip
+  params = jax.eval_shape(model.init_params, jax.random.key(0))
+  mesh = make_mesh(MeshConfig(data=8))
+  shardings = rules.param_shardings(model.param_axes(), params, mesh)
+
+  def step(p, b):
+    with rules.in_mesh(mesh):
+      return objective(model, p, b, train=True)["loss"].total
+
+  text = (
+    jax.jit(
+      jax.grad(step),
+      in_shardings=(shardings, rules.batch_shardings(batch, mesh)),
+    )
+    .lower(params, batch)
+    .compile()
+    .as_text()
+  )
+  kinds = ("all-reduce", "all-gather", "all-to-all", "collective-permute")
+  found = {kind for kind in kinds if f" {kind}(" in text}
+  assert found == {"all-reduce"}

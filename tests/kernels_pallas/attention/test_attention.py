@@ -1,69 +1,42 @@
-"""Every implementation of attention equals the reference."""
+"""Every implementation of attention equals the reference.
+
+Those for GPU and TPU run here by their plain substitutes (`cases.HERE`): what the
+gate does around the kernel is tested in full, the kernel itself only for splash.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.attention import attention
+from kernels_pallas.attention import attention, intervals
 from kernels_pallas.attention.api import IMPLEMENTATIONS
+from tests.kernels_pallas.attention import cases
+
+OTHERS = [name for name in IMPLEMENTATIONS if name != "reference"]
 
 
-def _case(length, *, heads=4, groups=2, causal=True, seed=0, keys=None):
-  rng = np.random.default_rng(seed)
-  keys = keys or length
-  draw = lambda n, h: jnp.asarray(  # noqa: E731
-    rng.normal(size=(2, n, h, 8)), jnp.float32
+@functools.cache
+def _any_case(queries, keys, heads, groups, causal):
+  case = (
+    *cases.arrays(queries, keys, heads, groups),
+    *cases.intervals(queries, keys, causal),
   )
-  q, k, v = draw(length, heads), draw(keys, groups), draw(keys, groups)
-  if causal:
-    end = np.broadcast_to(np.arange(1, length + 1), (2, length))
-    start = end - 1 - rng.integers(0, length, end.shape).clip(max=end - 1)
-  else:
-    start = rng.integers(0, keys, (2, length))
-    end = start + rng.integers(0, keys, start.shape)
-  start, end = start.copy(), end.copy().clip(max=keys)
-  # The last two queries of the second row are padding: they see nothing.
-  start[1, -2:] = end[1, -2:] = 0
-  return q, k, v, jnp.asarray(start, jnp.int32), jnp.asarray(end, jnp.int32)
+  reference = cases.run(cases.implementation("reference"), causal=causal)
+  return case, reference(*case)
 
 
-def _run(case, **options):
-  q, k, v, start, end = case
-  cotangent = jnp.cos(jnp.arange(q.size, dtype=jnp.float32)).reshape(q.shape)
-
-  def f(q, k, v):
-    out = attention(q, k, v, start, end, **options)
-    return (out * cotangent).sum(), out
-
-  (_, out), grads = jax.jit(
-    jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True)
-  )(q, k, v)
-  return out, grads
+@functools.cache
+def _documents_case(rows, heads, groups):
+  start, end = cases.documents(*rows)
+  length = start.shape[1]
+  case = (*cases.arrays(length, length, heads, groups), start, end)
+  return case, cases.run(cases.implementation("reference"))(*case)
 
 
-@pytest.mark.parametrize(
-  "implementation", [n for n in IMPLEMENTATIONS if n != "reference"]
-)
-@pytest.mark.parametrize(
-  ("length", "options"),
-  [
-    (1, {}),
-    (37, {}),
-    (128, {}),
-    (300, {}),
-    (150, {"causal": False}),
-    (40, {"causal": False, "keys": 290}),
-    (130, {"heads": 6, "groups": 6}),
-    (130, {"heads": 6, "groups": 1}),
-  ],
-)
-def test_equals_the_reference(implementation, length, options):
-  """Outputs and gradients, any length, intervals and grouping."""
-  case = _case(length, **options)
-  causal = options.get("causal", True)
-  expected = _run(case, implementation="reference", causal=causal)
-  got = _run(case, implementation=implementation, causal=causal)
+def _assert_close(got, expected):
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5),
     got,
@@ -71,30 +44,129 @@ def test_equals_the_reference(implementation, length, options):
   )
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_packed_documents_never_see_each_other(implementation):
-  """NaN in one document reaches no output of another."""
-  length = 160
-  q, k, v, *_ = _case(length)
-  position = np.broadcast_to(np.arange(length), (2, length))
-  start = jnp.asarray(np.where(position < 70, 0, 70), jnp.int32)
-  end = jnp.asarray(position + 1, jnp.int32)
-  clean = attention(q, k, v, start, end, implementation=implementation)
-  k = k.at[:, :70].add(1e3)
-  v = v.at[:, :70].set(1e6)
-  other = attention(q, k, v, start, end, implementation=implementation)
+@pytest.mark.parametrize("name", [n for n in OTHERS if n != "splash"])
+@pytest.mark.parametrize(
+  ("queries", "keys", "heads", "groups", "causal"),
+  [
+    (1, 1, 4, 2, True),
+    (37, 37, 4, 2, True),
+    (128, 128, 4, 2, True),
+    (300, 300, 4, 2, True),
+    (150, 150, 4, 2, False),
+    (40, 290, 4, 2, False),
+    (130, 130, 6, 6, True),
+    (130, 130, 6, 1, True),
+  ],
+)
+def test_equals_the_reference(name, queries, keys, heads, groups, causal):
+  """Outputs and gradients, any length, intervals and grouping."""
+  case, expected = _any_case(queries, keys, heads, groups, causal)
+  got = cases.run(cases.implementation(name), causal=causal)(*case)
+  _assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+  ("rows", "heads", "groups"),
+  [
+    (((1,), (-1,)), 2, 2),
+    (((1, 20, 7, 9), (-3, 20, -5, 6, -3)), 4, 2),
+    # Two blocks of splash: documents that begin, end and go on in the second.
+    (((384, 216), (100, -40, 300, 160)), 2, 1),
+  ],
+)
+def test_equals_the_reference_on_documents(name, rows, heads, groups):
+  """Packed whole documents, with padding anywhere."""
+  case, expected = _documents_case(rows, heads, groups)
+  got = cases.run(cases.implementation(name), documents=True)(*case)
+  _assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_packed_documents_never_see_each_other(name):
+  """What one document holds reaches no output and no gradient of another."""
+  start, end = cases.documents((70, 90), (70, 90))
+  q, k, v = cases.arrays(160, 160, 2, 1)
+  call = cases.implementation(name)
+
+  @functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
+  def second(q, k, v):
+    out = call(q, k, v, start, end, documents=True)
+    return out[:, 70:].sum(), out
+
+  second = jax.jit(second)
+  (_, clean), grads = second(q, k, v)
+  (_, other), _ = second(q, k.at[:, :70].add(1e3), v.at[:, :70].set(1e6))
   np.testing.assert_array_equal(clean[:, 70:], other[:, 70:])
   assert (np.abs(clean - other)[:, :70] > 1).any()
+  for grad in grads:
+    assert not np.asarray(grad[:, :70]).any()
+    assert np.asarray(grad[:, 70:]).any()
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_query_that_sees_nothing_gives_zero(implementation):
-  """Padding is 0, never NaN, in outputs and gradients."""
-  case = _case(20)
-  out, grads = _run(case, implementation=implementation)
-  assert not np.asarray(out[1, -2:]).any()
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_query_that_sees_nothing_gives_zero(name):
+  """Padding is 0, never NaN, and no gradient knows what it held."""
+  start, end = cases.documents((20,), (13, -2, 5))
+  q, k, v = cases.arrays(20, 20, 4, 2)
+  run = cases.run(cases.implementation(name), documents=True)
+  out, grads = run(q, k, v, start, end)
+  wild = run(q.at[1, 13:15].mul(1e3), k, v, start, end)
+  assert np.isfinite(out).all()
+  assert not np.asarray(out[1, 13:15]).any()
+  assert not np.asarray(grads[0][1, 13:15]).any()
   assert all(np.isfinite(g).all() for g in grads)
+  jax.tree.map(np.testing.assert_array_equal, wild, (out, grads))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_output_has_the_dtype_of_the_queries(name):
+  start, end = cases.documents((20,), (13, -2, 5))
+  case = cases.arrays(20, 20, 4, 2)
+  expected = cases.implementation("reference")(*case, start, end)
+  half = [x.astype(jnp.bfloat16) for x in case]
+  call = functools.partial(cases.implementation(name), documents=True)
+  out = jax.jit(call)(*half, start, end)
+  assert out.dtype == jnp.bfloat16
+  np.testing.assert_allclose(
+    out.astype(jnp.float32), expected, rtol=0.05, atol=0.05
+  )
+
+
+def test_broken_documents_are_nan_in_splash():
+  """Intervals that are no whole causal documents poison their row, loudly."""
+  good = cases.documents((8, 12))
+  position = jnp.arange(20)
+  start, end = (jnp.tile(x, (7, 1)) for x in good)
+  # A window; a later key; a document from before the row; one that begins amid
+  # another; one that goes on after padding; one that goes on after another.
+  start = start.at[1].max(position - 3)
+  end = end.at[2, 4].add(1)
+  start = start.at[3, :8].set(-1)
+  start = start.at[4, 4:8].set(2)
+  end = end.at[5, 10].set(0)
+  start = start.at[6, 15:].set(0)
+  q, k, v = (jnp.tile(x[:1], (7, 1, 1, 1)) for x in cases.arrays(20, 20, 2, 1))
+  run = cases.run(cases.implementation("splash"), documents=True)
+  out, grads = run(q, k, v, start, end)
+  assert np.isfinite(out[0]).all()
+  assert all(np.isfinite(g[0]).all() for g in grads)
+  for row in range(1, 7):
+    assert np.isnan(out[row]).all(), row
+    assert all(np.isnan(g[row]).any() for g in grads), row
+
+
+def test_kernels_get_no_empty_interval_and_none_past_the_keys():
+  """What lies outside the keys may be a kernel's own padding."""
+  start, end = (
+    jnp.asarray([row], jnp.int32)
+    for row in ([2, -3, 4, 5, 9, -4], [5, 2, 99, 5, 12, 0])
+  )
+  sees, start, end = intervals.fill_empty(start, end, 8)
+  assert sees.tolist() == [[True, True, True, False, False, False]]
+  assert start.tolist() == [[2, 0, 4, 0, 0, 0]]
+  assert end.tolist() == [[5, 2, 8, 1, 1, 1]]
 
 
 def test_blockwise_memory_grows_with_length_only():
@@ -119,19 +191,3 @@ def test_blockwise_memory_grows_with_length_only():
     )
     sizes.append(compiled.memory_analysis().temp_size_in_bytes)
   assert sizes[1] < 6 * sizes[0]
-
-
-@pytest.mark.parametrize(
-  ("options", "message"),
-  [
-    ({"implementation": "cudnn"}, "'cudnn' is unknown; allowed: auto"),
-    ({"heads": 3}, "3 query heads cannot share 2"),
-    ({"keys": 9}, "pass causal=False"),
-  ],
-)
-def test_bad_calls_are_refused(options, message):
-  """Unknown names never fall back; shapes are checked."""
-  implementation = options.pop("implementation", "auto")
-  q, k, v, start, end = _case(8, **({"causal": True} | options))
-  with pytest.raises(ValueError, match=message):
-    attention(q, k, v, start, end, implementation=implementation)
