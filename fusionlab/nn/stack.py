@@ -14,10 +14,14 @@ from fusionlab.errors import UserError
 from fusionlab.routing import Routed
 from fusionlab.sharding import axes
 
+_policies = jax.checkpoint_policies
+# Attention names its output and log-sum-exps: they cost a pass to make again.
 REMAT_POLICIES: Mapping[str, Callable[..., bool] | None] = {
   "full": None,
-  "dots": jax.checkpoint_policies.dots_saveable,
-  "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "dots": _policies.save_from_both_policies(
+    _policies.dots_saveable, _policies.save_only_these_names("attention")
+  ),
+  "dots_no_batch": _policies.dots_with_no_batch_dims_saveable,
 }
 
 

@@ -25,6 +25,26 @@ def test_remat_and_unrolling_change_neither_tree_nor_values(remat):
   )
 
 
+def test_remat_of_all_but_matmuls_keeps_attention():
+  """Fewer temporaries, and no second pass of attention's forward scores."""
+  costs = {}
+  for remat in ("none", "dots", "full"):
+    model, params = make(remat=remat, attention="xla_blockwise")
+    batch = batch_for(model, length=512)
+    program = (
+      jax.jit(lambda p, b, model=model: loss_and_grad(model, p, b))
+      .lower(params, batch)
+      .compile()
+    )
+    costs[remat] = (
+      program.memory_analysis().temp_size_in_bytes,
+      program.as_text().count(" exponential("),
+    )
+  assert costs["dots"][0] < costs["none"][0]
+  # Each pass over the scores takes one exponential of each segment.
+  assert costs["dots"][1] == costs["none"][1] < costs["full"][1]
+
+
 def test_dropout_acts_in_training_only():
   """Dropout changes the training pass, follows its key, spares evaluation."""
   model, params = make(dropout=0.3)
