@@ -8,7 +8,6 @@ checkpoint of step n is written after every row up to n, and before batch n.
 import contextlib
 import dataclasses
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -17,31 +16,20 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fusionlab.analysis.devices import peak_flops
 from fusionlab.batch import Batch
 from fusionlab.data import cache_folder
 from fusionlab.errors import UserError
 from fusionlab.evaluate.heldout import Interrupted, evaluate, place_batch
 from fusionlab.experiment import Experiment
-from fusionlab.sharding import rules
 from fusionlab.sharding.mesh import make_mesh
 from fusionlab.train import checkpoint as checkpoints
 from fusionlab.train import environment
 from fusionlab.train import workdir as workdirs
 from fusionlab.train.metrics import Row, Throughput, train_row
-from fusionlab.train.optimizer import make_optimizer, make_schedule
 from fusionlab.train.progress import ProgressReport
-from fusionlab.train.setup import Setup, build, default_group_rows
+from fusionlab.train.setup import Setup, build, build_steps, default_group_rows
 from fusionlab.train.signals import Preempted, Signals
-from fusionlab.train.state import (
-  TrainState,
-  abstract_state,
-  init_state,
-  state_shardings,
-  stream,
-  with_shardings,
-)
-from fusionlab.train.step import make_eval_step, make_train_step
+from fusionlab.train.state import TrainState, with_shardings
 from fusionlab.train.writers import Writers, write_atomic
 
 
@@ -141,61 +129,22 @@ class _Run:
       started + self.config.max_seconds if self.config.max_seconds else None
     )
     self.setup: Setup = build(experiment, mesh=mesh)
-    self._build_steps()
+    self.steps = build_steps(self.setup)
     self.state, self.start = self._first_state()
     self.status.step = self.start
-
-  def _build_steps(self) -> None:
-    config, setup = self.config, self.setup
-    schedule = make_schedule(self.experiment.optimizer, config.schedule_steps)
-    self.optimizer = make_optimizer(self.experiment.optimizer, schedule)
-    self.keeps_ema = self.experiment.optimizer.ema_decay > 0
-    self.abstract = abstract_state(
-      setup.model.init_params, self.optimizer, ema=self.keeps_ema
-    )
-    self.shardings = state_shardings(
-      self.abstract,
-      self.optimizer,
-      rules.param_shardings(
-        setup.model.param_axes(), self.abstract.params, setup.mesh
-      ),
-      rules.replicated(setup.mesh),
-    )
-    self.train_step = make_train_step(
-      setup.model,
-      setup.objective,
-      self.optimizer,
-      schedule=schedule,
-      dropout_seed=config.seed,
-      ema_decay=self.experiment.optimizer.ema_decay,
-      accumulate=config.accumulate,
-      on_nonfinite=config.on_nonfinite,
-      shardings=self.shardings,
-      mesh=setup.mesh,
-    )
-    self.eval_step = make_eval_step(
-      setup.model, setup.objective, mesh=setup.mesh
-    )
 
   def _first_state(self) -> tuple[TrainState, int]:
     """The newest good checkpoint's state, or a new one."""
     path = self._newest()
     self._saved = -1
     if path is None:
-      state = init_state(
-        self.setup.model.init_params,
-        self.optimizer,
-        stream(self.config.seed, "params"),
-        ema=self.keeps_ema,
-        shardings=self.shardings,
-      )
-      return state, 0
+      return self.steps.init(), 0
     meta = checkpoints.read_meta(path)
     workdirs.check_inputs(
       path, meta, self.setup.tokenizers.hash, self._sources()
     )
     state = checkpoints.restore_state(
-      path, with_shardings(self.abstract, self.shardings)
+      path, with_shardings(self.steps.abstract, self.steps.shardings)
     )
     self._saved = meta["step"]
     return state, meta["step"]
@@ -287,14 +236,7 @@ class _Run:
   def _loop(self) -> str:
     """Steps until something ends the run; returns what."""
     config, data, setup = self.config, self.setup.data, self.setup
-    self.throughput = Throughput(
-      # Training is three times the forward pass.
-      3
-      * self.experiment.model.forward_flops_per_token(
-        setup.data.vocabulary.size, self.experiment.data.row_length
-      ),
-      self._peak(),
-    )
+    self.throughput = Throughput(setup.train_flops_per_token, setup.peak_flops)
     evaluated = self.start if self._evaluated_before() else -1
     pending: _Pending | None = None
     profiling = False
@@ -334,7 +276,7 @@ class _Run:
         waiting = time.monotonic()
         host = next(batches)
         self.throughput.waited(time.monotonic() - waiting)
-        self.state, metrics = self.train_step(
+        self.state, metrics = self.steps.train_step(
           self.state, place_batch(host, setup.mesh)
         )
         step += 1
@@ -383,7 +325,7 @@ class _Run:
   def _evaluate(self, *, limit: int) -> None:
     several = jax.process_count() > 1
     row: Row = evaluate(
-      self.eval_step,
+      self.steps.eval_step,
       self.state.eval_params,
       self.setup.data.heldout,
       self.setup.data.uncaptioned,
@@ -412,11 +354,6 @@ class _Run:
     if jax.process_count() > 1:
       found = multihost_utils.broadcast_one_to_all(np.bool_(found))
     return bool(found)
-
-  def _peak(self) -> float | None:
-    devices = self.setup.mesh.devices.flat
-    peaks = [peak_flops(device) for device in devices]
-    return None if None in peaks else math.fsum(p for p in peaks if p)
 
   def _stop_nonfinite(self, pending: _Pending, row: Row) -> None:
     """Dumps the batch and the metrics, then raises UserError."""

@@ -1,11 +1,15 @@
-"""From a configuration to what trains: mesh, data, model, objective."""
+"""From a configuration to what trains: mesh, data, model, objective, steps."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
 
+from fusionlab.analysis.devices import peak_flops
 from fusionlab.data import open_data
 from fusionlab.errors import UserError
 from fusionlab.experiment import Experiment
@@ -14,6 +18,20 @@ from fusionlab.objectives import build_objective
 from fusionlab.sharding import rules
 from fusionlab.sharding.mesh import make_mesh
 from fusionlab.tokenizers import Tokenizers, load_tokenizers
+from fusionlab.train.optimizer import make_optimizer, make_schedule
+from fusionlab.train.state import (
+  TrainState,
+  abstract_state,
+  init_state,
+  state_shardings,
+  stream,
+)
+from fusionlab.train.step import (
+  EvalStep,
+  TrainStep,
+  make_eval_step,
+  make_train_step,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +52,80 @@ class Setup:
   data: Any
   model: Any
   objective: Any
+
+  @property
+  def train_flops_per_token(self) -> float:
+    """Model FLOPs of one token's training step: three forward passes."""
+    return 3 * self.experiment.model.forward_flops_per_token(
+      self.data.vocabulary.size, self.experiment.data.row_length
+    )
+
+  @property
+  def peak_flops(self) -> float | None:
+    """FLOPs/s of all devices together; None where one is not known."""
+    peaks = [peak_flops(device) for device in self.mesh.devices.flat]
+    return None if None in peaks else math.fsum(p for p in peaks if p)
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+  """The jitted steps of a run and the state they work on.
+
+  Attributes:
+    optimizer: an optax transformation.
+    abstract: shapes and dtypes of the state.
+    shardings: of the state.
+    train_step, eval_step: see `fusionlab.train.step`.
+    init: makes the first state, sharded.
+  """
+
+  optimizer: optax.GradientTransformation
+  abstract: TrainState
+  shardings: TrainState
+  train_step: TrainStep
+  eval_step: EvalStep
+  init: Callable[[], TrainState]
+
+
+def build_steps(setup: Setup) -> Steps:
+  """Builds the steps of a setup; compiles and allocates nothing."""
+  experiment, mesh = setup.experiment, setup.mesh
+  config = experiment.train
+  schedule = make_schedule(experiment.optimizer, config.schedule_steps)
+  optimizer = make_optimizer(experiment.optimizer, schedule)
+  keeps_ema = experiment.optimizer.ema_decay > 0
+  abstract = abstract_state(setup.model.init_params, optimizer, ema=keeps_ema)
+  shardings = state_shardings(
+    abstract,
+    optimizer,
+    rules.param_shardings(setup.model.param_axes(), abstract.params, mesh),
+    rules.replicated(mesh),
+  )
+  return Steps(
+    optimizer=optimizer,
+    abstract=abstract,
+    shardings=shardings,
+    train_step=make_train_step(
+      setup.model,
+      setup.objective,
+      optimizer,
+      schedule=schedule,
+      dropout_seed=config.seed,
+      ema_decay=experiment.optimizer.ema_decay,
+      accumulate=config.accumulate,
+      on_nonfinite=config.on_nonfinite,
+      shardings=shardings,
+      mesh=mesh,
+    ),
+    eval_step=make_eval_step(setup.model, setup.objective, mesh=mesh),
+    init=lambda: init_state(
+      setup.model.init_params,
+      optimizer,
+      stream(config.seed, "params"),
+      ema=keeps_ema,
+      shardings=shardings,
+    ),
+  )
 
 
 def default_group_rows(experiment: Experiment, mesh: Mesh) -> int:

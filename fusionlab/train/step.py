@@ -21,6 +21,7 @@ from fusionlab.train.state import TrainState, stream
 
 Metrics = dict[str, Any]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+EvalStep = Callable[[PyTree, Batch], Metrics]
 
 
 def split_batch(batch: Batch, accumulate: int, shards: int = 1) -> Batch:
@@ -201,7 +202,7 @@ def _in_mesh(function: Callable, mesh: Mesh | None) -> Callable:
 
 def make_eval_step(
   model: Any, objective: Any, *, mesh: Mesh | None = None
-) -> Callable[[PyTree, Batch], Metrics]:
+) -> EvalStep:
   """Builds `eval_step(params, batch) -> dict of Means`, jitted once.
 
   Args:
