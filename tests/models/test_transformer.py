@@ -41,8 +41,8 @@ def test_remat_of_all_but_matmuls_keeps_attention():
       program.as_text().count(" exponential("),
     )
   assert costs["dots"][0] < costs["none"][0]
-  # Each pass over the scores takes one exponential of each segment.
-  assert costs["dots"][1] == costs["none"][1] < costs["full"][1]
+  # A second forward pass takes one more exponential of each of the 4 segments.
+  assert costs["dots"][1] + 4 == costs["full"][1]
 
 
 def test_dropout_acts_in_training_only():
