@@ -38,7 +38,7 @@ check: $(VENV)/.dev
 	$(VENV)/bin/basedpyright
 
 clean:
-	rm -rf $(VENV) .venv-3.12 .cache
+	rm -rf $(VENV) .venv-3.12 .venv-tpu .cache
 
 $(VENV)/bin/python:
 	@if [ -z "$(PYTHON)" ]; then \

@@ -68,12 +68,18 @@ def run(options: Options) -> int:
   return code
 
 
-def guarded(work: Callable[[], int], *, debug: bool = False) -> int:
+def guarded(
+  work: Callable[[], int],
+  *,
+  debug: bool = False,
+  interrupted: str = "the same command goes on from here",
+) -> int:
   """Runs `work`, turning what a user can mend into one line on stderr.
 
   Args:
     work: returns an exit code.
     debug: let errors through, with their traceback.
+    interrupted: what to say after Ctrl-C.
 
   Returns:
     What `work` returned, 2 after a user's mistake, 130 after Ctrl-C.
@@ -83,7 +89,7 @@ def guarded(work: Callable[[], int], *, debug: bool = False) -> int:
   except KeyboardInterrupt:
     if debug:
       raise
-    print("interrupted; the same command goes on from here", file=sys.stderr)
+    print(f"interrupted; {interrupted}", file=sys.stderr)
     return INTERRUPTED
   except (UserError, ModuleNotFoundError, OSError) as error:
     line = _one_line(error)

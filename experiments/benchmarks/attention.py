@@ -5,22 +5,25 @@ r"""Forward and backward pass of attention, by implementation.
 
 One process, in turns; a ratio is over `xla_blockwise` in the same round. Besides the
 gate's own implementations there is `jax.nn`, which holds the scores and computes the
-masked half too. The floor counts the products alone: two forward and five backward,
-over the half of the scores that a causal row needs.
+masked half too. GFLOP/s count the products that are needed, whatever was computed.
 """
 
 import dataclasses
 import functools
+import re
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from rich.table import Table
 
 from experiments.benchmarks import timing
 from fusionlab.batch import causal_intervals
-from kernels_pallas.attention import attention
+from fusionlab.errors import UserError, nearest
+from kernels_pallas.attention import RefusedError, attention
+from kernels_pallas.attention.api import IMPLEMENTATIONS
 
 _JAX_NN = "jax.nn"
 _BASE = "xla_blockwise"
@@ -33,11 +36,13 @@ _FASTEST = {
 _SHAPES = flags.DEFINE_list(
   "shapes", ["2x1024x8x64", "4x512x6x32"], "rows x length x heads x width"
 )
-_DOCUMENTS = flags.DEFINE_integer("documents", 1, "documents of a row")
+_DOCUMENTS = flags.DEFINE_integer(
+  "documents", 1, "documents of a row", lower_bound=1
+)
 _WHICH = flags.DEFINE_list("implementations", None, "beside xla_blockwise")
 
 
-def call(name: str, shape: tuple[int, ...], documents: int, seed: int):
+def call(name: str, shape: tuple[int, ...], *, documents: int, seed: int):
   """Compiles the gradients of q, k and v.
 
   Args:
@@ -76,29 +81,50 @@ def call(name: str, shape: tuple[int, ...], documents: int, seed: int):
   )
 
 
-def main(argv: list[str]) -> None:
-  """Measures and prints."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected {argv[1:]}")
+def run(words: Sequence[str]) -> None:
+  """Measures and prints.
+
+  Args:
+    words: what stands on the command line beside this program's own flags.
+
+  Raises:
+    UserError: any of them, a shape that is none, or an implementation asked for
+      by name that cannot do it.
+  """
+  timing.no_words(words)
   names = [_BASE, *(_WHICH.value or _FASTEST[jax.default_backend()])]
+  allowed = (*IMPLEMENTATIONS, _JAX_NN)
+  for name in names:
+    if name not in allowed:
+      raise UserError(f"--implementations: {name!r}{nearest(name, allowed)}")
   table = Table(title="attention, forward + backward")
   for column in ("", "over " + _BASE, "seconds", "GFLOP/s", "temporaries MiB"):
     table.add_column(column, justify="right" if column else "left")
   results = {}
   for text in _SHAPES.value:
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", text):
+      raise UserError(f"--shapes: {text!r} must be like 2x1024x8x64")
     shape = tuple(int(size) for size in text.split("x"))
     rows, length, heads, width = shape
     calls, temporaries = {}, {}
     for name in names:
-      calls[name], temporaries[name] = call(
-        name, shape, _DOCUMENTS.value, flags.FLAGS.seed
-      )
+      try:
+        calls[name], temporaries[name] = call(
+          name, shape, documents=_DOCUMENTS.value, seed=flags.FLAGS.seed
+        )
+      except RefusedError as refused:
+        if _WHICH.value:
+          raise UserError(f"--implementations: {refused}") from refused
+        table.add_row(f"{name} {text}", "refused", "", "", "")
+        results[f"{name} {text}"] = {"refused": str(refused)}
     seconds = timing.interleaved(
       calls, repeats=flags.FLAGS.repeats, seed=flags.FLAGS.seed
     )
     over = timing.ratios(seconds, _BASE)
-    flops = 7 * 2 * rows * heads * (length**2 / 2) * width
-    for name in names:
+    # Two products forward and five backward, over half of a document's scores.
+    size = -(-length // _DOCUMENTS.value)
+    flops = 7 * 2 * rows * heads * (length * size / 2) * width
+    for name in calls:
       time = timing.Quartiles.of(seconds[name])
       rate = flops / time.median
       results[f"{name} {text}"] = {
@@ -128,5 +154,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  timing.define_flags()
-  app.run(main)
+  timing.program(run)

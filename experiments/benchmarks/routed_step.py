@@ -15,26 +15,29 @@ By default CPU: d=512, 8 layers, 2 rows of 1,024, float32. Accelerators: the pap
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from rich.table import Table
 
 from experiments.benchmarks import timing
 from fusionlab.analysis.devices import peak_flops
 from fusionlab.batch import Vocabulary
+from fusionlab.errors import UserError, nearest
 from fusionlab.models import build_model
 from fusionlab.models.mixture_of_transformers import (
   SIZES,
   MixtureOfTransformersConfig,
 )
+from fusionlab.nn.stack import REMAT_POLICIES
 from fusionlab.testing.batches import random_batch
 
 _NAMES = ("text", "image", "speech", "video")
+_COUNTS = ("2", "3", "4")
 _VARIANTS = {
   "mot": {},
   "ffn": {"untie": "ffn ffn_norm"},
@@ -45,12 +48,14 @@ _IDS = 1024  # of each modality; they only need to be there
 
 _MODALITIES = flags.DEFINE_list("modalities", ["2", "3"], "numbers of towers K")
 _WHICH = flags.DEFINE_list("variants", list(_VARIANTS), "measured beside dense")
-_DIM = flags.DEFINE_integer("dim", None, "width d")
-_LAYERS = flags.DEFINE_integer("layers", None, "number of layers")
-_HEADS = flags.DEFINE_integer("heads", None, "number of heads")
-_ROWS = flags.DEFINE_integer("rows", None, "rows B")
-_LENGTH = flags.DEFINE_integer("length", None, "tokens of a row L")
-_REMAT = flags.DEFINE_string("remat", "none", "as config.model.remat")
+_DIM = flags.DEFINE_integer("dim", None, "width d", lower_bound=1)
+_LAYERS = flags.DEFINE_integer("layers", None, "layers", lower_bound=1)
+_HEADS = flags.DEFINE_integer("heads", None, "heads", lower_bound=1)
+_ROWS = flags.DEFINE_integer("rows", None, "rows B", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("length", None, "tokens L", lower_bound=1)
+_REMAT = flags.DEFINE_enum(
+  "remat", "none", ("none", *REMAT_POLICIES), "as config.model.remat"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +107,7 @@ def step(
     remat=remat,
     **variant,
   )
+  config.check("--dim, --heads")
   vocabulary = Vocabulary(names, (_IDS,) * count)
   model = build_model(config, vocabulary)
   batch = random_batch(
@@ -140,10 +146,16 @@ def step(
   }
 
 
-def main(argv: list[str]) -> None:
-  """Measures and prints."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected {argv[1:]}")
+def run(words: Sequence[str]) -> None:
+  """Measures and prints.
+
+  Args:
+    words: what stands on the command line beside this program's own flags.
+
+  Raises:
+    UserError: any of them, or sizes that do not fit.
+  """
+  timing.no_words(words)
   given = {
     "dim": _DIM.value,
     "layers": _LAYERS.value,
@@ -153,8 +165,14 @@ def main(argv: list[str]) -> None:
   }
   shape = dataclasses.replace(
     default_shape(jax.default_backend()),
-    **{name: value for name, value in given.items() if value},
+    **{name: value for name, value in given.items() if value is not None},
   )
+  for name in _WHICH.value:
+    if name not in _VARIANTS:
+      raise UserError(f"--variants: {name!r}{nearest(name, _VARIANTS)}")
+  for text in _MODALITIES.value:
+    if text not in _COUNTS:
+      raise UserError(f"--modalities: {text!r} (allowed: {', '.join(_COUNTS)})")
   variants = {name: _VARIANTS[name] for name in _WHICH.value}
   counts = [int(k) for k in _MODALITIES.value]
   seed = flags.FLAGS.seed
@@ -208,5 +226,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  timing.define_flags()
-  app.run(main)
+  timing.program(run)

@@ -4,16 +4,19 @@ import dataclasses
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from absl import flags
+from absl import app, flags, logging
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from experiments.run import guarded
+from fusionlab.errors import UserError
 from fusionlab.train import environment
 
 
@@ -96,8 +99,43 @@ def ratios(
   }
 
 
-def define_flags() -> None:
-  """Declares what every benchmark takes."""
+def program(run: Callable[[Sequence[str]], None]) -> None:
+  """Runs a benchmark as a command line; a user's mistake is one line.
+
+  Args:
+    run: takes the words that are no flag of the benchmark's own.
+  """
+
+  def parse(argv: Sequence[str]) -> list[str]:
+    try:
+      return flags.FLAGS(argv, known_only=True)
+    except flags.Error as error:
+      raise UserError(str(error)) from error
+
+  def read(argv: Sequence[str]) -> list[str]:
+    words: list[str] = []
+    if code := guarded(lambda: words.extend(parse(argv)) or 0):
+      sys.exit(code)
+    return words
+
+  _define_flags()
+  # absl's own default is INFO, where JAX tells of every backend it lacks.
+  logging.set_verbosity(logging.WARNING)
+  app.run(
+    lambda words: guarded(
+      lambda: run(words[1:]) or 0, interrupted="nothing was kept"
+    ),
+    flags_parser=read,
+  )
+
+
+def no_words(words: Sequence[str]) -> None:
+  """Raises UserError where a benchmark is given what it does not know."""
+  if words:
+    raise UserError(f"{words[0]!r} is not a flag here; --help lists them")
+
+
+def _define_flags() -> None:
   flags.DEFINE_integer("repeats", 10, "rounds of the timing", lower_bound=1)
   flags.DEFINE_integer("seed", 0, "of the data and of the order of the timing")
   flags.DEFINE_bool("json", False, "print the result as one last line of JSON")

@@ -8,7 +8,8 @@ r"""A whole training step of any config: tokens/s, MFU, data wait, memory.
 The step is the one that training runs, on its real data through its real loader,
 with the optimizer. `--compare` takes several configs, each with its overrides in
 quotes, and runs their steps in turns in one process; the first one is the base.
-Data wait is the share of the time in which the step waits for a batch. Memory is
+Data wait is the share of the time in which the step waits for a batch (with
+`--compare` a loader works on while the other steps run: measure it alone). Memory is
 what the compiled step needs (arguments and temporaries) and, where the device keeps
 count, its peak over the whole process.
 """
@@ -21,12 +22,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import flags
 from rich.table import Table
 
 from experiments import command_line
 from experiments.benchmarks import timing
-from experiments.run import guarded
 from fusionlab.errors import UserError
 from fusionlab.evaluate.heldout import place_batch
 from fusionlab.experiment import Experiment
@@ -110,7 +110,7 @@ def read_config(words: Sequence[str]) -> Experiment:
   return experiment
 
 
-def run(words: Sequence[str]) -> int:
+def run(words: Sequence[str]) -> None:
   """Measures and prints.
 
   Args:
@@ -122,7 +122,10 @@ def run(words: Sequence[str]) -> int:
       "--compare takes two or more different configs, each with its overrides"
       " in quotes"
     )
-  named = {word: read_config(shlex.split(word)) for word in each}
+  try:
+    named = {word: read_config(shlex.split(word)) for word in each}
+  except ValueError as error:
+    raise UserError(f"a quoted config cannot be read: {error}") from error
   cases = {name: Case(experiment) for name, experiment in named.items()}
   seconds = timing.interleaved(
     cases, repeats=flags.FLAGS.repeats, seed=flags.FLAGS.seed
@@ -169,13 +172,7 @@ def run(words: Sequence[str]) -> int:
       "seed": flags.FLAGS.seed,
     },
   )
-  return 0
 
 
 if __name__ == "__main__":
-  timing.define_flags()
-  logging.set_verbosity(logging.WARNING)
-  app.run(
-    lambda rest: guarded(lambda: run(rest[1:])),
-    flags_parser=lambda argv: flags.FLAGS(argv, known_only=True),
-  )
+  timing.program(run)

@@ -375,7 +375,10 @@ class Transformer(nn.Module):
     )
 
   def _init(self, key: jax.Array) -> Any:
-    return self.init(key, self._smallest_batch())["params"]
+    # Parameters do not depend on a kernel, which may be another machine's.
+    plain = dataclasses.replace(self.config, attention="reference")
+    model = self.clone(config=plain)
+    return model.init(key, self._smallest_batch())["params"]
 
   def _smallest_batch(self) -> Batch:
     """One row with a place for every tower: shapes do not depend on it."""

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fusionlab.errors import UserError
 from fusionlab.nn.functional.norms import layer_norm, rms_norm
 from fusionlab.nn.functional.rotary import rotate
 from fusionlab.nn.parameters import Weight, cast, declare, fan_in
 from fusionlab.routing import Routed, Router, Towers
 from fusionlab.sharding import axes
 from fusionlab.sharding.rules import per_shard
-from kernels_pallas.attention import attention
+from kernels_pallas.attention import RefusedError, attention
 
 
 @flax.struct.dataclass
@@ -67,7 +68,11 @@ class Attention(nn.Module):
   def __call__(
     self, stream: Routed, router: Router, visibility: Visibility
   ) -> Routed:
-    """Mixes a stream `[..., d]` over the keys each query sees."""
+    """Mixes a stream `[..., d]` over the keys each query sees.
+
+    Raises:
+      UserError: a named implementation that cannot do the call.
+    """
     d, dh = self.dim, self.head_dim
     h, g = self.num_heads, self.num_kv_heads
     weights = {
@@ -118,9 +123,12 @@ class Attention(nn.Module):
     )
     row = (axes.ACT_BATCH, axes.ACT_LENGTH)
     queries, keys = (*row, axes.HEADS), (*row, axes.KV_HEADS)
-    mixed = per_shard(mix, (queries, keys, keys, row, row), queries)(
-      q, k, v, visibility.k_start, visibility.k_end
-    )
+    try:
+      mixed = per_shard(mix, (queries, keys, keys, row, row), queries)(
+        q, k, v, visibility.k_start, visibility.k_end
+      )
+    except RefusedError as refused:
+      raise UserError(f"config.model.attention: {refused}") from refused
     mixed = mixed.reshape(*mixed.shape[:2], h * dh)
     out = router.enter((mixed,)) if routed else (mixed,)
     matrices = tuple(m.reshape(h * dh, d) for m in cast(w["o"], dtype))

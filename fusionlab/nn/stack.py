@@ -15,7 +15,8 @@ from fusionlab.routing import Routed
 from fusionlab.sharding import axes
 
 _policies = jax.checkpoint_policies
-# Attention names its output and log-sum-exps: they cost a pass to make again.
+# Attention names its output and log-sum-exps, which cost a pass to make again
+# (xla_blockwise and splash; tokamax and cuDNN keep theirs to themselves).
 REMAT_POLICIES: Mapping[str, Callable[..., bool] | None] = {
   "full": None,
   "dots": _policies.save_from_both_policies(

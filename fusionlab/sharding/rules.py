@@ -166,13 +166,17 @@ def per_shard(
   """Runs a function on each device's own part of its arguments.
 
   For what the partitioner cannot split: kernels, and loops over the batch. No
-  part sees another, so no communication enters. Without a mesh in scope, the
-  function itself.
+  part sees another, so nothing is communicated but what brings an argument that
+  lies otherwise into the given split.
 
   Args:
     f: of arrays; every axis that is split must be independent of the others.
     inputs: for each argument, a name of `sharding.axes` for each leading axis.
     output: the same for the result.
+
+  Returns:
+    A function of the whole arrays; without a mesh of several devices in scope,
+    `f` itself.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:

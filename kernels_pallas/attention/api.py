@@ -15,13 +15,17 @@ from kernels_pallas.platform import target_platform
 _PROMISES = {
   "reference": (),
   "xla_blockwise": ("causal",),
-  "tokamax": ("causal", "documents"),
-  "cudnn": ("causal", "documents"),
-  "splash": ("causal", "documents"),
+  "tokamax": ("causal",),
+  "cudnn": (),
+  "splash": (),
 }
 IMPLEMENTATIONS = tuple(_PROMISES)
 # What "auto" tries, per platform, before `xla_blockwise`, which takes any call.
 _FASTER = {"gpu": ("tokamax", "cudnn"), "tpu": ("splash",)}
+
+
+class RefusedError(ValueError):
+  """An implementation that was asked for by name cannot do the call."""
 
 
 def attention(
@@ -55,15 +59,17 @@ def attention(
       that can do the call. A name never falls back to another.
 
   Raises:
-    ValueError: an unknown implementation, one that cannot do this call, heads
-      that do not group, `causal` with Q != S, or `documents` without `causal`.
+    RefusedError: a named implementation that cannot do this call, with the
+      reason.
+    ValueError: an unknown implementation, empty arrays, heads that do not group,
+      `causal` with Q != S, or `documents` without `causal`.
   """
   _check(q, k, causal, documents, implementation)
   promises = {"causal": causal, "documents": documents}
   if implementation == "auto":
     implementation = _choose(q, k, v, promises)
   elif reason := _refusal(implementation, q, k, v, promises):
-    raise ValueError(
+    raise RefusedError(
       f"attention implementation {implementation!r} cannot do this call:"
       f" {reason}"
     )
@@ -88,6 +94,10 @@ def _check(
       f"attention implementation {implementation!r} is unknown; allowed:"
       f" {', '.join(allowed)}"
       + "".join(f"; did you mean {name!r}?" for name in close)
+    )
+  if 0 in (*q.shape, *k.shape):
+    raise ValueError(
+      f"attention of an empty array: queries {q.shape}, keys {k.shape}"
     )
   if q.shape[2] % k.shape[2]:
     raise ValueError(
@@ -133,10 +143,15 @@ def _choose(
       choice = name
       break
     refused += f"; {name} refused: {reason}"
-  _log_choice(f"attention: {choice} on {platform}{refused}")
+  # On an accelerator that is a slow path: nobody is to find it by a profile.
+  slow = choice == "xla_blockwise" and platform in _FASTER
+  _log_choice(
+    logging.WARNING if slow else logging.INFO,
+    f"attention: {choice} on {platform}{refused}",
+  )
   return choice
 
 
 @functools.cache
-def _log_choice(line: str) -> None:
-  logging.info("%s", line)
+def _log_choice(level: int, line: str) -> None:
+  logging.log(level, "%s", line)

@@ -1,7 +1,8 @@
 """Attention by cuDNN through jax.nn, with a boolean mask of the intervals.
 
 cuDNN's own packing of documents is reached only by a private function of jax, and
-has leaked between documents elsewhere; a mask is plain, but holds B·Q·S values.
+has leaked between documents elsewhere; a mask is plain, but holds B·Q·S values, as
+a bias of the queries' dtype.
 """
 
 import functools
@@ -25,8 +26,6 @@ def attention(
   k_end: Int[Array, "B Q"],
   *,
   scale: float,
-  causal: bool,
-  documents: bool,
   backend: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B Q H D"]:
   """As `reference.attention`; any intervals.
@@ -38,11 +37,8 @@ def attention(
     k_start: first key that a query sees.
     k_end: one past the last.
     scale: usually D^(−1/2).
-    causal: of no use here.
-    documents: of no use here.
     backend: of `jax.nn.dot_product_attention`; "xla" runs everywhere.
   """
-  del causal, documents
   queries, keys = q.shape[1], k.shape[1]
   # With a mask and a gradient cuDNN takes even lengths only.
   pad = functools.partial(intervals.pad_length, multiple=2)
@@ -101,5 +97,5 @@ def _old_gpu() -> str | None:
 @functools.cache
 def _reason(shapes) -> str | None:
   interval = jax.ShapeDtypeStruct(shapes[0].shape[:2], "int32")
-  call = functools.partial(attention, scale=1.0, causal=False, documents=False)
+  call = functools.partial(attention, scale=1.0)
   return limits.trial(call, *shapes, interval, interval)

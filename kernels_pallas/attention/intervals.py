@@ -39,7 +39,12 @@ def blank(
 
 
 def pad_length(x: Array, multiple: int) -> jax.Array:
-  """Adds zeros along axis 1 up to a multiple; an interval of zeros is empty."""
+  """Adds zeros along axis 1 up to a multiple; an interval of zeros is empty.
+
+  Args:
+    x: [B, L, ...].
+    multiple: what the new length is a multiple of.
+  """
   widths = [(0, 0)] * x.ndim
   widths[1] = (0, -x.shape[1] % multiple)
   return jnp.pad(x, widths)

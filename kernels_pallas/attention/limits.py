@@ -9,7 +9,7 @@ from jax.sharding import AxisType
 
 from kernels_pallas.platform import target_platform
 
-# A mask of 4096 x 4096 is 16 MiB a row at a byte a value.
+# A mask of 4096 x 4096 is 32 MiB a row as a bias of 2 bytes a value.
 _MASKED_KEYS = 4096
 
 

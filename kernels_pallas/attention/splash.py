@@ -29,8 +29,6 @@ def attention(
   k_end: Int[Array, "B Q"],
   *,
   scale: float,
-  causal: bool,
-  documents: bool,
   interpret: bool = False,
 ) -> Float[Array, "B Q H D"]:
   """As `reference.attention` for whole causal documents; any length.
@@ -44,11 +42,8 @@ def attention(
     k_start: first position of the query's document.
     k_end: the query's position plus 1; padding has an empty interval.
     scale: usually D^(−1/2).
-    causal: true (`refusal`).
-    documents: true (`refusal`).
     interpret: runs the kernel's steps in plain jax, anywhere, slowly.
   """
-  del causal, documents
   length, heads = q.shape[1:3]
   sees = k_start < k_end
   segment = jnp.where(sees, k_start, _PADDING)
@@ -159,6 +154,8 @@ def _kernel(heads: int, length: int, block: int, interpret: bool):
     made = kernel.make_splash_mha(
       mask,
       block_sizes=kernel.BlockSizes(**dict.fromkeys(names, block)),
+      # So that remat by name keeps the output and the log-sum-exps.
+      residual_checkpoint_name="attention",
       head_shards=1,
       q_seq_shards=1,
       interpret=interpret,

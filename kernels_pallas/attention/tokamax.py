@@ -31,7 +31,6 @@ def attention(
   *,
   scale: float,
   causal: bool,
-  documents: bool,
   backends: tuple[str, ...] = _BACKENDS,
 ) -> Float[Array, "B Q H D"]:
   """As `reference.attention`; any length and any intervals.
@@ -44,10 +43,11 @@ def attention(
     k_end: one past the last.
     scale: usually D^(−1/2).
     causal: promises that query i sees no key after i, for Q == S.
-    documents: of no use here.
     backends: tokamax's names; the first that can do the call does it.
+
+  Raises:
+    NotImplementedError: none of them can.
   """
-  del documents
   reasons = _reasons(backends, q, k, v, causal)
   able = [name for name, reason in reasons.items() if reason is None]
   if not able:

@@ -63,7 +63,9 @@ def attention(
   )
   # Zeros at the end are intervals that see nothing.
   pad = ((0, 0), (0, -queries % size))
-  q = jnp.pad(q * jnp.asarray(scale, q.dtype), (*pad, (0, 0), (0, 0)))
+  # Scaled in float32, lest bfloat16 round the scale too.
+  q = (q.astype(jnp.float32) * scale).astype(q.dtype)
+  q = jnp.pad(q, (*pad, (0, 0), (0, 0)))
   intervals = (
     jnp.broadcast_to(jnp.pad(x, pad)[..., None, None], (*q.shape[:3], 1))
     for x in (k_start, k_end)

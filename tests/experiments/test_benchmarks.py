@@ -103,15 +103,17 @@ def test_train_step_compares_configs(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("words", "said"),
+  ("name", "words", "said"),
   [
-    ([], "--config is missing"),
-    (["--compare", "--config=configs/mot_chameleon.py"], "two or more"),
+    ("train_step", ["--compare", "--config=a.py"], "two or more"),
+    ("train_step", ["--repeats=0"], "repeats"),
+    ("routed_step", ["--variants=mot,fnf"], "did you mean 'ffn'?"),
+    ("attention", ["--shapes=2x3"], "'2x3' must be like 2x1024x8x64"),
   ],
 )
-def test_a_mistake_is_one_line(words, said):
+def test_a_mistake_is_one_line(name, words, said):
   """As on the main command line."""
-  done = program("train_step", *words)
+  done = program(name, *words)
   assert done.returncode == 2
   (line,) = done.stderr.strip().splitlines()
   assert line.startswith("error: ")

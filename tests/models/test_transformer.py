@@ -137,3 +137,11 @@ def test_a_batch_without_layout_is_refused():
   batch = batch_for(model).replace(layout=None)
   with pytest.raises(UserError, match="make_layout"):
     model.apply({"params": params}, batch)
+
+
+def test_an_implementation_for_other_hardware_is_refused():
+  """By name it never falls back: one line with the key and the reason."""
+  model, params = make(attention="splash")
+  batch = batch_for(model)
+  with pytest.raises(UserError, match=r"attention: .*'splash'.*tpu, not cpu"):
+    apply(model, params, batch)

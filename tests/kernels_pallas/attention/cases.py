@@ -31,16 +31,11 @@ def implementation(name: str) -> Callable[..., jax.Array]:
   module = importlib.import_module(f"kernels_pallas.attention.{name}")
 
   def call(q, k, v, k_start, k_end, *, causal=True, documents=False):
+    del documents
+    promises = {"causal": causal} if name == "tokamax" else {}
+    scale = q.shape[-1] ** -0.5
     return module.attention(
-      q,
-      k,
-      v,
-      k_start,
-      k_end,
-      scale=q.shape[-1] ** -0.5,
-      causal=causal,
-      documents=documents,
-      **HERE[name],
+      q, k, v, k_start, k_end, scale=scale, **promises, **HERE[name]
     )
 
   return call

@@ -65,6 +65,13 @@ def test_equals_the_reference(name, queries, keys, heads, groups, causal):
   _assert_close(got, expected)
 
 
+def test_blockwise_equals_the_reference_on_a_long_row():
+  """Segments of several blocks, and the larger blocks of long rows."""
+  case, expected = _any_case(2100, 2100, 2, 1, True)
+  run = cases.run(cases.implementation("xla_blockwise"))
+  _assert_close(run(*case), expected)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize(
   ("rows", "heads", "groups"),

@@ -7,7 +7,6 @@ import functools
 import importlib.util
 import subprocess
 import sys
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +47,9 @@ def trace(*arrays, **options):
 def lines(monkeypatch):
   """What the gate logs, with nothing logged before."""
   found = []
-  log = mock.Mock(info=lambda form, *values: found.append(form % values))
-  monkeypatch.setattr(api, "logging", log)
+  monkeypatch.setattr(
+    api.logging, "log", lambda _, form, *values: found.append(form % values)
+  )
   api._log_choice.cache_clear()
   yield found
   api._log_choice.cache_clear()
@@ -236,3 +236,25 @@ def test_importing_the_gate_imports_no_kernels(root):
     cwd=root,
   )
   assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+  ("platform", "level"), [("cpu", "INFO"), ("gpu", "WARNING")]
+)
+def test_a_slow_path_on_an_accelerator_is_a_warning(
+  lines, monkeypatch, platform, level
+):
+  """So that a command line that hides INFO still shows it."""
+  del lines  # nothing was logged before
+  levels = []
+  monkeypatch.setattr(
+    api.logging, "log", lambda level, *_: levels.append(level)
+  )
+  with on(platform):
+    trace(*shapes(dtype="float32"))
+  assert levels == [getattr(api.logging, level)]
+
+
+def test_empty_arrays_are_refused():
+  with pytest.raises(ValueError, match=r"empty array: queries \(2, 0, 4, 64\)"):
+    trace(*shapes(length=0))
