@@ -53,6 +53,13 @@ def commit() -> str | None:
     return None
 
 
+def _command() -> list[str]:
+  """The command line, with a module by its name and not where it lies."""
+  spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+  program = [sys.argv[0]] if spec is None else ["python", "-m", spec.name]
+  return [*program, *sys.argv[1:]]
+
+
 def describe() -> dict[str, Any]:
   """Returns what `environment.json` records, JSON-ready."""
   devices = jax.devices()
@@ -72,7 +79,7 @@ def describe() -> dict[str, Any]:
       if hasattr(os, "sched_getaffinity")
       else os.cpu_count(),
     },
-    "command": sys.argv,
+    "command": _command(),
     "commit": commit(),
   }
 
