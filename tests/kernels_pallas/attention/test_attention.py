@@ -128,17 +128,17 @@ def test_a_query_that_sees_nothing_gives_zero(name):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_output_has_the_dtype_of_the_queries(name):
+def test_bfloat16_stays_bfloat16_and_close(name):
+  """Outputs and gradients have the arguments' dtype, and float32's values."""
   start, end = cases.documents((20,), (13, -2, 5))
   case = cases.arrays(20, 20, 4, 2)
-  expected = cases.implementation("reference")(*case, start, end)
+  expected = cases.run(cases.implementation("reference"))(*case, start, end)
   half = [x.astype(jnp.bfloat16) for x in case]
-  call = functools.partial(cases.implementation(name), documents=True)
-  out = jax.jit(call)(*half, start, end)
-  assert out.dtype == jnp.bfloat16
-  np.testing.assert_allclose(
-    out.astype(jnp.float32), expected, rtol=0.05, atol=0.05
-  )
+  run = cases.run(cases.implementation(name), documents=True)
+  got = run(*half, start, end)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    assert a.dtype == jnp.bfloat16
+    np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0.1, atol=0.1)
 
 
 def test_broken_documents_are_nan_in_splash():

@@ -191,7 +191,6 @@ def test_tokamax_lowers_for_cuda(backend, monkeypatch):
     tokamax.attention,
     scale=0.1,
     causal=True,
-    documents=False,
     backends=(backend,),
   )
   monkeypatch.setattr(gpu_utils, "is_sm90", lambda device=None: True)
