@@ -10,8 +10,8 @@ steps to equal loss of MoT against the dense model at equal FLOPs per step.
       --config.model.untie='' --workdir=runs/dense          # the dense control
 
 `tiny` (default): OpenMoji pictures in two styles with their names, flags with
-facts, World Factbook passages. On 2 CPU cores 600 steps of 2,048 tokens at about
-4,600 tokens/s: 5 minutes with the first preparation of the data (15 s), no network;
+facts, World Factbook passages. On 2 CPU cores 600 steps of 2,048 tokens at 5,000 to
+6,000 tokens/s: 5 minutes with the first preparation of the data (15 s), no network;
 after `config.train.max_seconds` (8 minutes) a slower machine stops early, saves and
 scores (half a minute). Expect, held out, seed 0: text 3.90 nats a token (1.72 bits a
 byte), image 2.50 nats a code, and 0.6 to 0.75 nats a picture that the caption saves.
