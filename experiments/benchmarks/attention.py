@@ -33,6 +33,7 @@ _FASTEST = {
   "tpu": ("splash", _JAX_NN),
 }
 
+flags.adopt_module_key_flags(timing)  # so that --help lists them
 _SHAPES = flags.DEFINE_list(
   "shapes", ["2x1024x8x64", "4x512x6x32"], "rows x length x heads x width"
 )

@@ -46,6 +46,7 @@ _VARIANTS = {
 }
 _IDS = 1024  # of each modality; they only need to be there
 
+flags.adopt_module_key_flags(timing)  # so that --help lists them
 _MODALITIES = flags.DEFINE_list("modalities", ["2", "3"], "numbers of towers K")
 _WHICH = flags.DEFINE_list("variants", list(_VARIANTS), "measured beside dense")
 _DIM = flags.DEFINE_integer("dim", None, "width d", lower_bound=1)

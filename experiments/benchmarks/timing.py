@@ -19,6 +19,10 @@ from experiments.run import guarded
 from fusionlab.errors import UserError
 from fusionlab.train import environment
 
+flags.DEFINE_integer("repeats", 10, "rounds of the timing", lower_bound=1)
+flags.DEFINE_integer("seed", 0, "of the data and of the order of the timing")
+flags.DEFINE_bool("json", False, "print the result as one last line of JSON")
+
 
 @dataclasses.dataclass(frozen=True)
 class Quartiles:
@@ -118,7 +122,6 @@ def program(run: Callable[[Sequence[str]], None]) -> None:
       sys.exit(code)
     return words
 
-  _define_flags()
   # absl's own default is INFO, where JAX tells of every backend it lacks.
   logging.set_verbosity(logging.WARNING)
   app.run(
@@ -133,12 +136,6 @@ def no_words(words: Sequence[str]) -> None:
   """Raises UserError where a benchmark is given what it does not know."""
   if words:
     raise UserError(f"{words[0]!r} is not a flag here; --help lists them")
-
-
-def _define_flags() -> None:
-  flags.DEFINE_integer("repeats", 10, "rounds of the timing", lower_bound=1)
-  flags.DEFINE_integer("seed", 0, "of the data and of the order of the timing")
-  flags.DEFINE_bool("json", False, "print the result as one last line of JSON")
 
 
 def report(table: Table, result: Mapping[str, Any]) -> None:

@@ -34,6 +34,7 @@ from fusionlab.sharding.mesh import make_mesh
 from fusionlab.train import workdir as workdirs
 from fusionlab.train.setup import build, build_steps, default_group_rows
 
+flags.adopt_module_key_flags(timing)  # so that --help lists them
 _COMPARE = flags.DEFINE_bool(
   "compare", False, "take several configs, in quotes"
 )
