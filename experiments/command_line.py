@@ -19,13 +19,17 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 from ml_collections import config_dict, config_flags
 
+from experiments import generation_flags
 from fusionlab.config import flatten, to_mapping
 from fusionlab.errors import ConfigError, UserError, nearest
 
 if TYPE_CHECKING:
   from fusionlab.experiment import Experiment
+  from fusionlab.generate.config import Request
 
-MODES = ("train", "evaluate", "summary")
+MODES = ("train", "evaluate", "generate", "summary")
+# Modes that take a trained run; they need no --config.
+_OF_A_RUN = ("evaluate", "generate")
 _EXAMPLE = "--config=configs/mot_chameleon.py"
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 _ILLEGAL = re.compile(r"flag --config\.([\w.]+)=(.*?): ", re.DOTALL)
@@ -44,13 +48,14 @@ class Options:
   Attributes:
     mode: one of `MODES`.
     workdir: folder of the run.
-    experiment: the configuration; None for `--mode=evaluate` of a workdir
-      without `--config`.
+    experiment: the configuration; None where a mode of a run has no `--config`.
+    request: of `--mode=generate`.
   """
 
   mode: str
   workdir: str
   experiment: "Experiment | None"
+  request: "Request | None" = None
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -75,6 +80,7 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flag_values=values,
   )
   flags.DEFINE_string("mode", "train", " | ".join(MODES), flag_values=values)
+  generation_flags.define(values)
   flags.DEFINE_bool(
     "debug", False, "show the traceback of an error", flag_values=values
   )
@@ -122,11 +128,16 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> Options:
 
     config = Experiment.from_mapping(values["config"].value.to_dict())
     workdir = workdir or os.path.join("runs", parser.run_name)
-  elif mode != "evaluate":
+  elif mode not in _OF_A_RUN:
     raise UserError(f"--config is missing; try {_EXAMPLE}")
   elif not workdir:
-    raise UserError("--mode=evaluate needs the --workdir of a run")
-  return Options(mode=mode, workdir=workdir, experiment=config)
+    raise UserError(f"--mode={mode} needs the --workdir of a run")
+  request = None
+  if mode == "generate":
+    request = generation_flags.read(values)
+  elif given := generation_flags.given(values):
+    raise UserError(f"--{given[0]} is for --mode=generate, not --mode={mode}")
+  return Options(mode, workdir, config, request)
 
 
 class _ConfigFile(flags.ArgumentParser):

@@ -1,13 +1,16 @@
-"""The command line.
+r"""The command line.
 
   python -m experiments.run --config=configs/mot_chameleon.py
   python -m experiments.run --config=configs/mot_chameleon.py:7b --mode=summary
   python -m experiments.run --workdir=runs/mot_chameleon --mode=evaluate
+  python -m experiments.run --workdir=runs/mot_chameleon --mode=generate \
+      --prompt='red apple' --make=image --num_samples=4
 
 Modes: `train` (the default; the same workdir again resumes), `evaluate` (scores
-the newest checkpoint of a workdir on the held-out data), `summary` (parameters,
-FLOPs and bytes per device; allocates nothing). A mistake is one line on stderr
-and exit code 2; `--debug` shows the traceback. The logic lives in the library.
+the newest checkpoint of a workdir on the held-out data), `generate` (texts and
+pictures from it), `summary` (parameters, FLOPs and bytes per device; allocates
+nothing). A mistake is one line on stderr and exit code 2; `--debug` shows the
+traceback. The logic lives in the library.
 """
 
 import os
@@ -20,7 +23,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from experiments import command_line
+from experiments import command_line, generation_flags
 from experiments.command_line import Options, define_flags, parse
 from fusionlab.errors import UserError
 
@@ -53,6 +56,11 @@ def run(options: Options) -> int:
     from fusionlab import evaluate
 
     evaluate.run(options.workdir, options.experiment)
+    return 0
+  if options.request is not None:
+    from fusionlab.generate import command
+
+    command.run(options.workdir, options.request)
     return 0
   if options.experiment is None:
     raise UserError(f"--mode={options.mode} needs --config")
@@ -122,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   argv = list(sys.argv if argv is None else argv)
   debug = any(word in ("--debug", "-debug", "--debug=true") for word in argv)
   define_flags(flags.FLAGS, argv)
-  flags.adopt_module_key_flags(command_line)  # so that --help lists them
+  for module in (command_line, generation_flags):
+    flags.adopt_module_key_flags(module)  # so that --help lists them
 
   def read(argv: Sequence[str]) -> Options:
     understood = []

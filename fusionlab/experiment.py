@@ -8,7 +8,7 @@ from fusionlab.config import from_mapping, option
 from fusionlab.data.config import DataConfig
 from fusionlab.errors import ConfigError
 from fusionlab.models import MODELS
-from fusionlab.models.transformer import TransformerConfig
+from fusionlab.models.config import TransformerConfig
 from fusionlab.objectives import OBJECTIVES
 from fusionlab.objectives.next_token import NextTokenConfig
 from fusionlab.sharding.mesh import MeshConfig

@@ -10,7 +10,7 @@ Source: Mixture-of-Transformers (arXiv 2411.04996), Eq. 1-3 and Algorithm 1; the
 layout replaces its boolean masks.
 """
 
-import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
@@ -21,14 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from fusionlab.errors import UserError, nearest
+from fusionlab.errors import UserError
+from fusionlab.towers import Towers
 
 Array = jax.Array | np.ndarray
 Routed: TypeAlias = tuple[jax.Array, ...]
-
-UNTIE_NAMES = (
-  "q", "k", "v", "o", "qk_norm", "mixer_norm", "ffn", "ffn_norm", "final_norm",
-)  # fmt: skip
 
 
 @flax.struct.dataclass
@@ -46,63 +43,6 @@ class Layout:
 
   take: tuple[Int[Array, "G _"], ...]
   place: Int[Array, "G N"]
-
-
-def parse_untie(untie: str) -> frozenset[str]:
-  """Splits the string of untied parameter names.
-
-  Args:
-    untie: any subset of `UNTIE_NAMES`, separated by spaces; '' unties nothing.
-
-  Raises:
-    UserError: an unknown name, with the nearest ones.
-  """
-  names = untie.split()
-  for name in names:
-    if name not in UNTIE_NAMES:
-      raise UserError(
-        f"config.model.untie has an unknown name"
-        f" {name!r}{nearest(name, UNTIE_NAMES)}"
-      )
-  return frozenset(names)
-
-
-def tower_names(
-  modalities: Sequence[str], towers: Sequence[int]
-) -> tuple[str, ...]:
-  """Names each tower by the modalities that share it ('image+speech').
-
-  Args:
-    modalities: names, in order of modality id.
-    towers: tower of each modality; towers are numbered 0..T-1, all in use.
-
-  Raises:
-    UserError: lengths that differ, or a tower without a modality.
-  """
-  if len(modalities) != len(towers):
-    raise UserError(
-      f"config.model.towers={tuple(towers)} has {len(towers)} entries for the"
-      f" {len(modalities)} modalities {tuple(modalities)}: give one tower each"
-    )
-  if sorted(set(towers)) != list(range(max(towers) + 1)):
-    raise UserError(
-      f"config.model.towers={tuple(towers)} must number the towers from 0"
-      f" without a gap, e.g. {tuple(range(len(towers)))}"
-    )
-  return tuple(
-    "+".join(m for m, t in zip(modalities, towers, strict=True) if t == k)
-    for k in range(max(towers) + 1)
-  )
-
-
-def tower_counts(
-  modality_counts: Sequence[int], towers: Sequence[int]
-) -> tuple[int, ...]:
-  """Sums places per modality into places per tower."""
-  return tuple(
-    sum(c for c, t in zip(modality_counts, towers, strict=True) if t == k)
-    for k in range(max(towers) + 1)
-  )
 
 
 def make_layout(
@@ -245,75 +185,34 @@ def unroute(
   return x.reshape(-1, length, *x.shape[2:])
 
 
-@dataclasses.dataclass(frozen=True)
-class Towers:
-  """Which tower each modality has, and which parameters are per tower.
-
-  Attributes:
-    names: of the towers; ("shared",) where there is one.
-    of_modality: tower of each modality.
-    untied: names out of `UNTIE_NAMES`; empty where there is one tower.
-  """
-
-  names: tuple[str, ...]
-  of_modality: tuple[int, ...]
-  untied: frozenset[str]
-
-  @classmethod
-  def parse(
-    cls, modalities: Sequence[str], towers: Sequence[int], untie: str
-  ) -> "Towers":
-    """Reads `config.model.{modalities,towers,untie}`.
-
-    One tower, or nothing untied, is the dense model: no layout, no move.
-
-    Raises:
-      UserError: see `tower_names` and `parse_untie`.
-    """
-    names = tower_names(modalities, towers)
-    untied = parse_untie(untie)
-    if len(names) == 1 or not untied:
-      return cls(("shared",), (0,) * len(towers), frozenset())
-    return cls(names, tuple(towers), untied)
-
-  @property
-  def count(self) -> int:
-    """Number of towers."""
-    return len(self.names)
-
-  def leaves(self, name: str) -> tuple[str, ...]:
-    """Tree names under which the parameter `name` is kept."""
-    return self.names if name in self.untied else ("shared",)
-
-  def routes(self, *names: str) -> bool:
-    """Whether a sub-layer with these parameters works in routed order."""
-    return not self.untied.isdisjoint(names)
-
-
 @flax.struct.dataclass
 class Router:
   """Carries out the routing of one batch; made once, shared by all layers.
 
   A stream is a tuple of arrays. With `layout` it holds one array per tower;
   `select` keeps sequence order and runs every tower on every token (the tests'
-  oracle); `ragged` keeps one array sorted by tower for `jax.lax.ragged_dot`.
+  oracle); `present` does so with the towers that occur and reads no other's
+  parameters (decoding, which is bound by reading them); `ragged` keeps one array
+  sorted by tower for `jax.lax.ragged_dot`.
   A stream in sequence order is a tuple of one array.
 
   Attributes:
     layout: the batch's layout; None with one tower.
     tower: int32 [B, L], tower of each position (`select`).
     length: L.
-    dispatch: "layout", "ragged" or "select".
+    dispatch: "layout", "ragged", "select" or "present".
+    subset: for "present", index into `subsets` of the towers that occur.
   """
 
   layout: Layout | None
   tower: Int[Array, "B L"] | None
   length: int = flax.struct.field(pytree_node=False)
   dispatch: str = flax.struct.field(pytree_node=False)
+  subset: Int[Array, ""] | None = None
 
   def enter(self, stream: Routed) -> Routed:
     """Sequence order to routed order."""
-    if self.layout is None or self.dispatch == "select":
+    if self.layout is None:
       return stream
     routed = route(stream[0], self.layout)
     if self.dispatch == "ragged":
@@ -322,7 +221,7 @@ class Router:
 
   def leave(self, stream: Routed) -> Routed:
     """Routed order to sequence order."""
-    if self.layout is None or self.dispatch == "select":
+    if self.layout is None:
       return stream
     if self.dispatch == "ragged":
       stream = self._split(stream[0])
@@ -344,13 +243,21 @@ class Router:
     per_tower = list(
       zip(*(w if len(w) > 1 else w * towers for w in weights), strict=True)
     )
-    if self.dispatch == "select":
-      (x,), tower = stream, jnp.asarray(self.tower)
-      y = f(x, *per_tower[0])
-      for k, ws in enumerate(per_tower[1:], start=1):
-        chosen = (tower == k).reshape(tower.shape + (1,) * (y.ndim - 2))
-        y = jnp.where(chosen, f(x, *ws), y)
-      return (y,)
+    if self.dispatch in ("select", "present"):
+      tower = jnp.asarray(self.tower)
+
+      def run(which: Sequence[int], x: jax.Array) -> jax.Array:
+        first, *others = which
+        y = f(x, *per_tower[first])
+        for k in others:
+          chosen = (tower == k).reshape(tower.shape + (1,) * (y.ndim - 2))
+          y = jnp.where(chosen, f(x, *per_tower[k]), y)
+        return y
+
+      if self.subset is None:
+        return (run(range(towers), stream[0]),)
+      branches = [functools.partial(run, which) for which in subsets(towers)]
+      return (jax.lax.switch(self.subset, branches, stream[0]),)
     if self.dispatch == "ragged":
       split = self._split(stream[0])
       return (
@@ -392,11 +299,22 @@ def _join(routed: Routed) -> jax.Array:
   )
 
 
+def subsets(towers: int) -> list[tuple[int, ...]]:
+  """Sets of towers that `present` has a branch for, by size, all of them last.
+
+  All subsets of up to three towers; of more, single ones, pairs and all.
+  """
+  sizes = range(1, towers + 1) if towers <= 3 else (1, 2, towers)
+  return [s for n in sizes for s in itertools.combinations(range(towers), n)]
+
+
 def make_router(
   towers: Towers,
   layout: Layout | None,
   modality: Int[Array, "B L"],
   dispatch: str,
+  *,
+  real: Bool[Array, "B L"] | None = None,
 ) -> Router:
   """Prepares the routing of a batch.
 
@@ -404,7 +322,8 @@ def make_router(
     towers: of the model.
     layout: the batch's; needed by `layout` and `ragged` with several towers.
     modality: the batch's modality ids.
-    dispatch: "layout", "ragged" or "select".
+    dispatch: "layout", "ragged", "select" or "present".
+    real: for "present", the positions that count; default all.
 
   Raises:
     UserError: several towers and no layout, or a layout of other towers.
@@ -412,16 +331,27 @@ def make_router(
   length = modality.shape[1]
   if towers.count == 1:
     return Router(None, None, length, "layout")
-  if dispatch != "select":
-    if layout is None:
-      raise UserError(
-        f"the model has towers {towers.names} and the batch no layout; make it"
-        f" with fusionlab.routing.make_layout"
-      )
-    if len(layout.take) != towers.count:
-      raise UserError(
-        f"the batch's layout has {len(layout.take)} towers and the model"
-        f" {towers.count} ({', '.join(towers.names)})"
-      )
   tower = jnp.asarray(towers.of_modality, jnp.int32)[modality]
+  if dispatch == "select":
+    return Router(None, tower, length, dispatch)
+  if dispatch == "present":
+    every = np.arange(towers.count)
+    occurs = tower[..., None] == every
+    if real is not None:
+      occurs &= real[..., None]
+    occurs = occurs.any(axis=(0, 1))
+    # The first subset that has all that occur is the smallest one.
+    has = np.array([np.isin(every, s) for s in subsets(towers.count)])
+    subset = jnp.argmax((has | ~occurs).all(axis=1))
+    return Router(None, tower, length, dispatch, subset)
+  if layout is None:
+    raise UserError(
+      f"the model has towers {towers.names} and the batch no layout; make it"
+      f" with fusionlab.routing.make_layout"
+    )
+  if len(layout.take) != towers.count:
+    raise UserError(
+      f"the batch's layout has {len(layout.take)} towers and the model"
+      f" {towers.count} ({', '.join(towers.names)})"
+    )
   return Router(layout, tower, length, dispatch)

@@ -106,9 +106,6 @@ def test_moves_compile_to_no_scatter():
 @pytest.mark.parametrize(
   ("call", "message"),
   [
-    (lambda: routing.parse_untie("q k ffm"), "'ffm', did you mean.*ffn"),
-    (lambda: routing.tower_names(("text", "image"), (0,)), "one tower each"),
-    (lambda: routing.tower_names(("a", "b"), (0, 2)), "without a gap"),
     (
       lambda: routing.make_layout(
         np.zeros((2, 4), np.int32),
@@ -131,15 +128,8 @@ def test_moves_compile_to_no_scatter():
     ),
   ],
 )
-def test_bad_towers_and_layouts_are_refused_in_one_line(call, message):
+def test_bad_layouts_are_refused_in_one_line(call, message):
   """Each mistake names what was given and what would do."""
   with pytest.raises(UserError, match=message) as error:
     call()
   assert "\n" not in str(error.value)
-
-
-def test_tower_names_join_the_modalities_that_share_one():
-  """Leave-one-out towers are named by their modalities."""
-  names = routing.tower_names(("text", "image", "speech"), (0, 1, 1))
-  assert names == ("text", "image+speech")
-  assert routing.tower_counts((5, 3, 2), (0, 1, 1)) == (5, 5)

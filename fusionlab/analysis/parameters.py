@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from fusionlab.batch import Vocabulary
-from fusionlab.models.transformer import TransformerConfig
+from fusionlab.models.config import TransformerConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from fusionlab.data import documents as docs
 from fusionlab.data.documents import Chances, Record
 from fusionlab.data.plan import Plan, Stream, plan_epoch
 from fusionlab.errors import UserError
-from fusionlab.routing import tower_counts
+from fusionlab.towers import tower_counts
 
 _PLANS_KEPT = 3
 

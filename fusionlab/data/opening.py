@@ -17,8 +17,8 @@ from fusionlab.data.preparation import Prepared, prepare
 from fusionlab.data.sources import load_source
 from fusionlab.errors import UserError
 from fusionlab.experiment import Experiment
-from fusionlab.routing import tower_names
 from fusionlab.tokenizers import Tokenizers
+from fusionlab.towers import tower_names
 
 TRAIN = "train"
 

@@ -13,8 +13,9 @@ A token costs what it costs in the dense model; only the parameters multiply.
 import dataclasses
 
 from fusionlab.config import option
-from fusionlab.models.transformer import Transformer, TransformerConfig
-from fusionlab.routing import UNTIE_NAMES
+from fusionlab.models.config import TransformerConfig
+from fusionlab.models.transformer import Transformer
+from fusionlab.towers import UNTIE_NAMES
 
 
 @dataclasses.dataclass(frozen=True)

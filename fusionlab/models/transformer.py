@@ -7,249 +7,51 @@ Chameleon's QK-norm and choice of norm placement (arXiv 2405.09818, §2.3). With
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fusionlab.batch import Batch, Vocabulary
-from fusionlab.config import option
-from fusionlab.errors import ConfigError, UserError
-from fusionlab.nn.attention import Attention, Visibility, visibility_of
-from fusionlab.nn.feed_forward import FeedForward, swiglu_width
+from fusionlab.errors import UserError
+from fusionlab.models.block import Block, Context, stays_routed
+from fusionlab.models.config import TransformerConfig
+from fusionlab.nn.attention import visibility_of
 from fusionlab.nn.functional.rotary import rotary_angles
 from fusionlab.nn.norms import RMSNorm
 from fusionlab.nn.parameters import fan_in
 from fusionlab.nn.stack import Stack
-from fusionlab.routing import Routed, Router, Towers, make_layout, make_router
+from fusionlab.routing import (
+  Layout,
+  Routed,
+  Router,
+  make_layout,
+  make_router,
+)
 from fusionlab.sharding import axes
 from fusionlab.sharding.rules import constrain
-from kernels_pallas.attention.api import IMPLEMENTATIONS
 
-
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-  """`config.model`: a Llama-style decoder with towers.
-
-  Defaults are the dense control: `untie=''`.
-  """
-
-  kind: str = option("transformer", "registered model or package.module:Class")
-  modalities: tuple[str, ...] = option(
-    ("text", "image"), "names; the index is the modality id"
-  )
-  towers: tuple[int, ...] = option(
-    (0, 1),
-    "tower of each modality: (0, 1) MoT, (0, 1, 1) leave-one-out, …",
-    minimum=0,
-  )
-  untie: str = option("", "parameters that are per tower, by name; '' is dense")
-  dim: int = option(192, "model width d", minimum=2)
-  num_layers: int = option(4, "layers", minimum=1)
-  num_heads: int = option(6, "query heads", minimum=1)
-  num_kv_heads: int = option(0, "key-value heads; 0: num_heads", minimum=0)
-  head_dim: int = option(0, "width of a head; 0: dim / num_heads", minimum=0)
-  ffn_dim: int = option(
-    0, "SwiGLU width F; 0: 256·ceil(⌊8d/3⌋/256), the Llama rule", minimum=0
-  )
-  vocab_size: int = option(
-    0, "ids in all; 0: what the tokenizers have", minimum=0
-  )
-  norm_placement: str = option(
-    "swin",
-    "norm before the sub-layer, or on its output",
-    choices=("pre", "swin"),
-  )
-  norm_eps: float = option(1e-5, "added to the mean square", minimum=1e-12)
-  qk_norm: str = option(
-    "rms",
-    "norm of queries and keys over a head",
-    choices=("none", "rms", "layer"),
-  )
-  rope_base: float = option(
-    10000.0, "base of the rotary frequencies", minimum=1.0
-  )
-  dropout: float = option(
-    0.0,
-    "dropout after attention and FFN (Chameleon-7B: 0.1)",
-    minimum=0.0,
-    maximum=0.99,
-  )
-  tie_embeddings: bool = option(False, "one table for input and output")
-  causal: bool = option(
-    True,
-    "promise that a token sees its own document up to itself, which attention"
-    " may use; False where the batch has other intervals (spans that see"
-    " themselves whole, windows)",
-  )
-  dispatch: str = option(
-    "layout",
-    "how a token meets its tower",
-    choices=("layout", "ragged", "select"),
-  )
-  attention: str = option(
-    "auto",
-    "implementation of attention, by name",
-    choices=("auto", *IMPLEMENTATIONS),
-  )
-  remat: str = option(
-    "none",
-    "what the backward pass recomputes: none, full (everything), dots"
-    " (all but matmuls), dots_no_batch",
-    choices=("none", "full", "dots", "dots_no_batch"),
-  )
-  scan_unroll: int = option(1, "layers unrolled per scan step", minimum=1)
-  compute_dtype: str = option(
-    "auto",
-    "auto: bfloat16 on accelerators, float32 on CPU",
-    choices=("auto", "float32", "bfloat16"),
-  )
-
-  @property
-  def kv_heads(self) -> int:
-    """Number of key-value heads G."""
-    return self.num_kv_heads or self.num_heads
-
-  @property
-  def width_of_head(self) -> int:
-    """Width of a head D."""
-    return self.head_dim or self.dim // self.num_heads
-
-  @property
-  def width_of_ffn(self) -> int:
-    """SwiGLU hidden width F."""
-    return self.ffn_dim or swiglu_width(self.dim)
-
-  def forward_flops_per_token(self, vocab_size: int, row_length: int) -> float:
-    """Model FLOPs of one token's forward pass; a multiply-add is two.
-
-    Causal attention counts half of the scores; remat, padding and the moves of
-    routing count nothing. The cost does not depend on `towers` or `untie`.
-
-    Args:
-      vocab_size: ids V; `vocab_size` of the config overrides it.
-      row_length: tokens L over which attention looks.
-    """
-    d, dh = self.dim, self.width_of_head
-    seen = row_length / 2 if self.causal else row_length
-    projections = 2 * d * dh * (2 * self.num_heads + 2 * self.kv_heads)
-    scores_and_values = 2 * 2 * seen * self.num_heads * dh
-    ffn = 2 * 3 * d * self.width_of_ffn
-    head = 2 * d * (self.vocab_size or vocab_size)
-    return self.num_layers * (projections + scores_and_values + ffn) + head
-
-  @property
-  def routed_towers(self) -> Towers:
-    """The towers as the model runs them (one where nothing is untied)."""
-    return Towers.parse(self.modalities, self.towers, self.untie)
-
-  def check(self, path: str) -> None:
-    """Raises ConfigError or UserError where sizes or names do not agree."""
-    del path
-    _ = self.routed_towers
-    if not self.head_dim and self.dim % self.num_heads:
-      raise ConfigError(
-        f"config.model.dim={self.dim} is not a multiple of"
-        f" config.model.num_heads={self.num_heads}; set config.model.head_dim"
-      )
-    if self.width_of_head % 2:
-      raise ConfigError(
-        f"the width of a head is {self.width_of_head}; rotary positions need an"
-        f" even one (config.model.head_dim)"
-      )
-    if self.num_heads % self.kv_heads:
-      raise ConfigError(
-        f"config.model.num_heads={self.num_heads} is not a multiple of"
-        f" config.model.num_kv_heads={self.kv_heads}"
-      )
+# Per layer the collection "cache" of its block; leaves `[B, G, S, D]`.
+Cache: TypeAlias = tuple[Any, ...]
 
 
 @flax.struct.dataclass
-class Context:
-  """Constants of the scan over layers."""
+class Decoded:
+  """What a step with a cache returns.
 
-  router: Router
-  visibility: Visibility
-
-
-class Block(nn.Module):
-  """One layer; h = x + Attn, y = h + FFN, normed before or on the output.
-
-  Swin placement: h = x + norm(Attn(x)) (MoT Algorithm 1; Chameleon-34B); pre:
-  h = x + Attn(norm(x)) (Llama; Chameleon-7B).
+  Attributes:
+    hidden: after the final norm, in sequence order.
+    chosen: the residual stream after the layers asked for, in that order.
+    cache: with the new tokens in it.
   """
 
-  config: TransformerConfig
-
-  @nn.compact
-  def __call__(
-    self, stream: Routed, context: Context, *, train: bool
-  ) -> Routed:
-    """Maps the stream `[..., d]`; dropout acts where `train`."""
-    c, router = self.config, context.router
-    towers = c.routed_towers
-    # Depth scaling keeps the variance of a pre-norm residual stream; Swin norms
-    # set each sub-layer's output to unit scale whatever its weights.
-    out_scale = (2 * c.num_layers) ** -0.5 if c.norm_placement == "pre" else 1.0
-    mixer = functools.partial(
-      Attention(
-        towers,
-        c.dim,
-        c.num_heads,
-        c.kv_heads,
-        c.width_of_head,
-        c.qk_norm,
-        c.norm_eps,
-        out_scale,
-        c.attention,
-        c.causal,
-        name="attention",
-      ),
-      router=router,
-      visibility=context.visibility,
-    )
-    ffn = functools.partial(
-      FeedForward(towers, c.dim, c.width_of_ffn, out_scale, name="ffn"),
-      router=router,
-    )
-    dropout = nn.Dropout(c.dropout, deterministic=not train)
-    stays = stays_routed(towers)
-    for name, sublayer, routes in (
-      ("mixer_norm", mixer, _mixer_routes(towers)),
-      ("ffn_norm", ffn, _ffn_routes(towers)),
-    ):
-      norm = RMSNorm(towers, c.dim, name, c.norm_eps, name=name)
-      moves = routes and not stays
-      x = router.enter(stream) if moves else stream
-      if c.norm_placement == "pre":
-        x = sublayer(norm(x, router))
-      else:
-        x = norm(sublayer(x), router)
-      x = tuple(dropout(a) for a in x)
-      if moves:
-        x = router.leave(x)
-      stream = tuple(a + b for a, b in zip(stream, x, strict=True))
-    return stream
-
-
-def _mixer_routes(towers: Towers) -> bool:
-  return towers.routes("q", "k", "v", "o", "qk_norm", "mixer_norm")
-
-
-def _ffn_routes(towers: Towers) -> bool:
-  return towers.routes("ffn", "ffn_norm")
-
-
-def stays_routed(towers: Towers) -> bool:
-  """Whether the residual stream is kept per tower.
-
-  It is where both sub-layers route; where one does (`ffn` alone), the stream
-  keeps sequence order and only that sub-layer's input and output move.
-  """
-  return _mixer_routes(towers) and _ffn_routes(towers)
+  hidden: Float[Array, "B T d"]
+  chosen: tuple[Float[Array, "B T d"], ...]
+  cache: Cache
 
 
 class Transformer(nn.Module):
@@ -258,10 +60,13 @@ class Transformer(nn.Module):
   Attributes:
     config: sizes and choices.
     vocabulary: the shared id space.
+    row_length: tokens of a row in training, the longest document that the model
+      has seen; 0 where it is not known.
   """
 
   config: TransformerConfig
   vocabulary: Vocabulary
+  row_length: int = 0
 
   Config = TransformerConfig
 
@@ -314,17 +119,133 @@ class Transformer(nn.Module):
     context = Context(
       router, visibility_of(inputs.k_start, inputs.k_end, angles)
     )
-    # Looked up before the cast: the gradient of a frequent id is a long sum,
-    # which bfloat16 cannot hold.
-    x = embed[inputs.tokens].astype(self.compute_dtype)
-    stream = (constrain(x, (axes.ACT_BATCH,)),)
-    if stays_routed(towers):
-      stream = router.enter(stream)
+    stream = self._enter(embed, inputs.tokens, router)
     blocks = {"block": functools.partial(Block, c)}
     stack = Stack(blocks, c.num_layers, c.remat, c.scan_unroll, name="stack")
     nn.share_scope(self, stack)
     stream = stack(stream, context, train=train)
     norm = RMSNorm(towers, c.dim, "final_norm", c.norm_eps, name="final_norm")
+    return self._leave(stream, norm, router)
+
+  def decoding_params(self, params: Any) -> dict[str, Any]:
+    """Parameters as `step` takes them: layers apart, in the dtype it computes in.
+
+    A step reads every matrix once; a slice of the stacked layers, or a cast,
+    would write it first.
+
+    Args:
+      params: the model's parameters.
+    """
+
+    def cast(leaf: jax.Array) -> jax.Array:
+      return leaf.astype(self.compute_dtype) if leaf.ndim > 1 else leaf
+
+    layers = tuple(
+      jax.tree.map(lambda leaf, i=i: cast(leaf[i]), params["layers"])
+      for i in range(self.config.num_layers)
+    )
+    return {**jax.tree.map(cast, {**params, "layers": {}}), "layers": layers}
+
+  def init_cache(self, rows: int, length: int) -> Cache:
+    """An empty cache of keys and values, in the compute dtype.
+
+    Args:
+      rows: B.
+      length: S, tokens that a row can hold.
+    """
+    c = self.config
+    shape = (rows, c.kv_heads, length, c.width_of_head)
+    return tuple(
+      {"attention": {n: jnp.zeros(shape, self.compute_dtype) for n in "kv"}}
+      for _ in range(c.num_layers)
+    )
+
+  def step(
+    self,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    cache: Cache,
+    *,
+    start: Int[Array, " B"],
+    fresh: Int[Array, " B"],
+    layout: Layout | None = None,
+    layers: Sequence[int] = (),
+  ) -> Decoded:
+    """Runs some more tokens of each row against a cache: one document per row.
+
+    Pure, of static shapes, and the same function for a prompt, for one token and
+    for a draft. A cache keeps no length, so forgetting a row's last n tokens is
+    a `start` that is smaller by n, and nothing else.
+
+    Args:
+      params: of `decoding_params`.
+      tokens: ids, the new ones of each row first.
+      cache: of `init_cache`, or of an earlier step.
+      start: tokens of the row that the cache already holds.
+      fresh: how many of `tokens` are new, 0..T; the others are padding.
+      layout: of `tokens`, padding included, runs each tower on its own tokens
+        (prompts). Without it each tower that occurs runs on all tokens, and a
+        tower that does not occur is not read.
+      layers: indices of layers whose output is returned too.
+    """
+    c, towers = self.config, self.config.routed_towers
+    position = start[:, None] + jnp.arange(tokens.shape[1])
+    real = jnp.arange(tokens.shape[1]) < fresh[:, None]
+    modality = jnp.where(real, self.vocabulary.modality_of(tokens), 0)
+    dispatch = "present" if layout is None else "layout"
+    router = make_router(towers, layout, modality, dispatch, real=real)
+    angles = rotary_angles(position, head_dim=c.width_of_head, base=c.rope_base)
+    capacity = cache[0]["attention"]["k"].shape[2]
+    visibility = visibility_of(
+      jnp.zeros_like(position),
+      jnp.where(real, position + 1, 0),
+      angles,
+      slot=jnp.where(real, position, capacity),
+    )
+    stream = self._enter(params["embed"], tokens, router)
+    after, held = [], []
+    for weights, kept in zip(params["layers"], cache, strict=True):
+      stream, changed = Block(c, parent=None).apply(
+        {"params": weights, "cache": kept},
+        stream,
+        Context(router, visibility),
+        train=False,
+        mutable=["cache"],
+      )
+      held.append(changed["cache"])
+      after.append(stream)
+    norm = RMSNorm(towers, c.dim, "final_norm", c.norm_eps, parent=None)
+    normalise = functools.partial(norm.apply, {"params": params["final_norm"]})
+    chosen = []
+    for i in layers:
+      x = router.leave(after[i]) if stays_routed(towers) else after[i]
+      chosen.append(x[0])
+    return Decoded(
+      self._leave(stream, normalise, router), tuple(chosen), tuple(held)
+    )
+
+  def _enter(
+    self, table: jax.Array, tokens: jax.Array, router: Router
+  ) -> Routed:
+    """Tokens to the stream of the first layer."""
+    # Looked up before the cast: the gradient of a frequent id is a long sum,
+    # which bfloat16 cannot hold.
+    x = table[tokens].astype(self.compute_dtype)
+    stream = (constrain(x, (axes.ACT_BATCH,)),)
+    return (
+      router.enter(stream)
+      if stays_routed(self.config.routed_towers)
+      else stream
+    )
+
+  def _leave(
+    self,
+    stream: Routed,
+    norm: Callable[[Routed, Router], Routed],
+    router: Router,
+  ) -> jax.Array:
+    """The stream of the last layer to hidden states in sequence order."""
+    towers = self.config.routed_towers
     if towers.routes("final_norm") and not stays_routed(towers):
       stream = router.enter(stream)
     stream = norm(stream, router)
@@ -398,9 +319,14 @@ class Transformer(nn.Module):
 
 
 def build_model(
-  config: TransformerConfig, vocabulary: Vocabulary
+  config: TransformerConfig, vocabulary: Vocabulary, row_length: int = 0
 ) -> Transformer:
   """Builds the model that `config.kind` names for a vocabulary.
+
+  Args:
+    config: sizes and choices.
+    vocabulary: the shared id space.
+    row_length: tokens of a row in training; 0 where it is not known.
 
   Raises:
     UserError: modalities that the vocabulary does not have in this order, or
@@ -418,4 +344,4 @@ def build_model(
       f"config.model.vocab_size={config.vocab_size} is less than the"
       f" {vocabulary.size} ids of the tokenizers; 0 takes theirs"
     )
-  return MODELS.load(config.kind)(config, vocabulary)
+  return MODELS.load(config.kind)(config, vocabulary, row_length)

@@ -5,6 +5,7 @@ queries, keys, values and outputs by the token's tower, one softmax over all.
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -16,9 +17,10 @@ from fusionlab.errors import UserError
 from fusionlab.nn.functional.norms import layer_norm, rms_norm
 from fusionlab.nn.functional.rotary import rotate
 from fusionlab.nn.parameters import Weight, cast, declare, fan_in
-from fusionlab.routing import Routed, Router, Towers
+from fusionlab.routing import Routed, Router
 from fusionlab.sharding import axes
 from fusionlab.sharding.rules import per_shard
+from fusionlab.towers import Towers
 from kernels_pallas.attention import RefusedError, attention
 
 
@@ -29,12 +31,16 @@ class Visibility:
   Attributes:
     k_start, k_end: keys that each query sees.
     cos, sin: of the rotary angles.
+    slot: where each token's key and value are put in the cache, whose places
+      `k_start` and `k_end` then count; one past the last puts it nowhere. None
+      where there is no cache.
   """
 
   k_start: Int[Array, "B L"]
   k_end: Int[Array, "B L"]
   cos: Float[Array, "B L D/2"]
   sin: Float[Array, "B L D/2"]
+  slot: Int[Array, "B L"] | None = None
 
 
 class Attention(nn.Module):
@@ -69,6 +75,9 @@ class Attention(nn.Module):
     self, stream: Routed, router: Router, visibility: Visibility
   ) -> Routed:
     """Mixes a stream `[..., d]` over the keys each query sees.
+
+    With `visibility.slot` the collection "cache" holds earlier tokens' "k" and
+    "v", `[B, G, S, D]`, and gets these tokens'.
 
     Raises:
       UserError: a named implementation that cannot do the call.
@@ -115,10 +124,14 @@ class Attention(nn.Module):
     q = rotate(project("q", h), visibility.cos, visibility.sin)
     k = rotate(project("k", g), visibility.cos, visibility.sin)
     v = project("v", g)
+    if visibility.slot is not None:
+      k = self._remember("k", k, visibility.slot)
+      v = self._remember("v", v, visibility.slot)
+    documents = self.causal and visibility.slot is None
     mix = functools.partial(
       attention,
-      causal=self.causal,
-      documents=self.causal,
+      causal=documents,
+      documents=documents,
       implementation=self.implementation,
     )
     row = (axes.ACT_BATCH, axes.ACT_LENGTH)
@@ -134,6 +147,18 @@ class Attention(nn.Module):
     matrices = tuple(m.reshape(h * dh, d) for m in cast(w["o"], dtype))
     return router.linear(out, matrices)
 
+  def _remember(
+    self, name: str, new: jax.Array, slot: Int[Array, "B L"]
+  ) -> Float[Array, "B S G D"]:
+    """Puts new keys or values into the cache and returns all of them."""
+    # Heads first: a step's product then reads each head's keys in one piece.
+    held: Any = self.variable("cache", name, _no_cache)
+    row = jnp.arange(slot.shape[0])[:, None]
+    held.value = held.value.at[row, :, slot].set(
+      new.astype(held.value.dtype), mode="drop"
+    )
+    return jnp.swapaxes(held.value, 1, 2)
+
   def _normalise(
     self, y: Routed, router: Router, w: dict[str, Routed], name: str
   ) -> Routed:
@@ -147,10 +172,15 @@ class Attention(nn.Module):
     return router.apply(norm, y, w[f"{name}_scale"], w[f"{name}_bias"])
 
 
+def _no_cache() -> jax.Array:
+  raise ValueError('attention with `slot` needs the collection "cache"')
+
+
 def visibility_of(
   k_start: Int[Array, "B L"],
   k_end: Int[Array, "B L"],
   angles: Float[Array, "B L _"],
+  slot: Int[Array, "B L"] | None = None,
 ) -> Visibility:
   """Bundles a batch's intervals with the rotation of its positions."""
-  return Visibility(k_start, k_end, jnp.cos(angles), jnp.sin(angles))
+  return Visibility(k_start, k_end, jnp.cos(angles), jnp.sin(angles), slot)

@@ -4,8 +4,9 @@ import flax.linen as nn
 import jax
 
 from fusionlab.nn.parameters import Weight, cast, declare, fan_in
-from fusionlab.routing import Routed, Router, Towers
+from fusionlab.routing import Routed, Router
 from fusionlab.sharding import axes
+from fusionlab.towers import Towers
 
 
 def swiglu_width(dim: int) -> int:

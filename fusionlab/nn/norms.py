@@ -6,8 +6,9 @@ import flax.linen as nn
 
 from fusionlab.nn.functional.norms import rms_norm
 from fusionlab.nn.parameters import Weight, declare
-from fusionlab.routing import Routed, Router, Towers
+from fusionlab.routing import Routed, Router
 from fusionlab.sharding import axes
+from fusionlab.towers import Towers
 
 
 class RMSNorm(nn.Module):

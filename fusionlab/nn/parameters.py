@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusionlab.routing import Routed, Towers
+from fusionlab.routing import Routed
+from fusionlab.towers import Towers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,14 @@ class NextTokenConfig:
   chunk: int = option(
     256, "positions of each row whose logits exist at one time", minimum=1
   )
+  word_dropout: float = option(
+    0.0,
+    "probability that an input id of another modality than text is a random one"
+    " of its modality (Bowman et al. 2016, §3.1): a picture is then predicted"
+    " less from its own beginning and more from its caption",
+    minimum=0.0,
+    maximum=1.0,
+  )
 
 
 class NextToken:
@@ -61,7 +69,7 @@ class NextToken:
       params: its parameters.
       batch: rows of packed documents.
       train: whether dropout acts.
-      dropout_key: for dropout; not needed where the model has none.
+      dropout_key: for dropout; not needed where there is none.
 
     Returns:
       "loss" (what is minimised), "z_loss", and per modality m of the target
@@ -71,6 +79,8 @@ class NextToken:
     """
     batch = jax.tree.map(jnp.asarray, batch)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
+    if train and self.config.word_dropout and dropout_key is not None:
+      batch = self._drop_words(batch, jax.random.fold_in(dropout_key, 1))
     hidden = model.apply({"params": params}, batch, train=train, rngs=rngs)
     scored: Any = _scored(
       self, hidden, model.unembedding(params), batch.target, batch.weight
@@ -91,6 +101,18 @@ class NextToken:
       sums["byte_nll"] / np.log(2.0).astype(np.float32), sums["bytes"]
     )
     return means
+
+  def _drop_words(self, batch: Batch, key: jax.Array) -> Batch:
+    """Replaces some inputs; targets stay."""
+    vocabulary = self.vocabulary
+    which, what = jax.random.split(key)
+    modality = jnp.asarray(batch.modality)
+    size = jnp.asarray(vocabulary.sizes)[modality]
+    first = jnp.asarray(vocabulary.ends)[modality] - size
+    other = first + jax.random.randint(what, size.shape, 0, size)
+    drop = jax.random.bernoulli(which, self.config.word_dropout, size.shape)
+    drop &= modality > 0
+    return batch.replace(tokens=jnp.where(drop, other, batch.tokens))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 from absl import logging
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from fusionlab.batch import Batch
 from fusionlab.errors import UserError, nearest
@@ -137,6 +137,14 @@ def _warn_once(message: str) -> None:
 def replicated(mesh: Mesh) -> NamedSharding:
   """The sharding that keeps a whole copy on every device."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def replicated_beside(params: Any) -> Sharding:
+  """The sharding that keeps a whole copy on every device that has parameters."""
+  sharding = jax.tree.leaves(params)[0].sharding
+  if isinstance(sharding, NamedSharding):
+    return replicated(sharding.mesh)
+  return sharding
 
 
 def data_shards(mesh: Mesh) -> int:

@@ -29,13 +29,8 @@ from fusionlab.interop.tables import Entry, from_published
 from fusionlab.nn.attention import Attention, Visibility
 from fusionlab.nn.feed_forward import FeedForward
 from fusionlab.nn.norms import RMSNorm
-from fusionlab.routing import (
-  UNTIE_NAMES,
-  Router,
-  Towers,
-  make_layout,
-  make_router,
-)
+from fusionlab.routing import Router, make_layout, make_router
+from fusionlab.towers import UNTIE_NAMES, Towers
 
 Case = Mapping[str, np.ndarray]
 # Of the norm on a sub-layer's output, whatever `cfg` says of the others.

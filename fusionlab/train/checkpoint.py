@@ -117,7 +117,11 @@ def load_model(path: str | Path) -> tuple[Any, PyTree, Tokenizers]:
     UserError: see `load`.
   """
   loaded = load(path)
-  model = build_model(loaded.experiment.model, loaded.tokenizers.vocabulary)
+  model = build_model(
+    loaded.experiment.model,
+    loaded.tokenizers.vocabulary,
+    loaded.experiment.data.row_length,
+  )
   params = loaded.params if loaded.ema is None else loaded.ema
   return model, params, loaded.tokenizers
 

@@ -177,7 +177,9 @@ def build(
     mesh=mesh,
     tokenizers=tokenizers,
     data=opened,
-    model=build_model(experiment.model, opened.vocabulary),
+    model=build_model(
+      experiment.model, opened.vocabulary, experiment.data.row_length
+    ),
     objective=build_objective(
       experiment.objective, opened.vocabulary, opened.token_bytes
     ),

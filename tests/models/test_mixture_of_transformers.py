@@ -16,8 +16,9 @@ from fusionlab.models.mixture_of_transformers import (
 )
 from fusionlab.objectives import build_objective
 from fusionlab.objectives.next_token import NextTokenConfig
-from fusionlab.routing import UNTIE_NAMES, make_layout
+from fusionlab.routing import make_layout
 from fusionlab.testing.batches import layout_of
+from fusionlab.towers import UNTIE_NAMES
 from fusionlab.train.state import init_state
 from fusionlab.train.step import make_train_step
 from tests.models.tiny import (

@@ -18,9 +18,9 @@ import numpy as np
 
 from fusionlab.batch import Batch, causal_batch
 from fusionlab.experiment import Experiment
-from fusionlab.routing import Towers
 from fusionlab.tokenizers import ImageTokenizer, TextTokenizer, Tokenizers
 from fusionlab.tokenizers.autoencoder import ImageConfig, init_params
+from fusionlab.towers import Towers
 
 LENGTH = 32
 CODES = 4

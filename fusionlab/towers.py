@@ -1,0 +1,116 @@
+"""Towers: which parameters a modality has of its own.
+
+Source: Mixture-of-Transformers (arXiv 2411.04996), Eq. 1-3: all of them; MoMa
+(arXiv 2407.21770), "1t1i": the feed-forward ones.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from fusionlab.errors import UserError, nearest
+
+UNTIE_NAMES = (
+  "q", "k", "v", "o", "qk_norm", "mixer_norm", "ffn", "ffn_norm", "final_norm",
+)  # fmt: skip
+
+
+def parse_untie(untie: str) -> frozenset[str]:
+  """Splits the string of untied parameter names.
+
+  Args:
+    untie: any subset of `UNTIE_NAMES`, separated by spaces; '' unties nothing.
+
+  Raises:
+    UserError: an unknown name, with the nearest ones.
+  """
+  names = untie.split()
+  for name in names:
+    if name not in UNTIE_NAMES:
+      raise UserError(
+        f"config.model.untie has an unknown name"
+        f" {name!r}{nearest(name, UNTIE_NAMES)}"
+      )
+  return frozenset(names)
+
+
+def tower_names(
+  modalities: Sequence[str], towers: Sequence[int]
+) -> tuple[str, ...]:
+  """Names each tower by the modalities that share it ('image+speech').
+
+  Args:
+    modalities: names, in order of modality id.
+    towers: tower of each modality; towers are numbered 0..T-1, all in use.
+
+  Raises:
+    UserError: lengths that differ, or a tower without a modality.
+  """
+  if len(modalities) != len(towers):
+    raise UserError(
+      f"config.model.towers={tuple(towers)} has {len(towers)} entries for the"
+      f" {len(modalities)} modalities {tuple(modalities)}: give one tower each"
+    )
+  if sorted(set(towers)) != list(range(max(towers) + 1)):
+    raise UserError(
+      f"config.model.towers={tuple(towers)} must number the towers from 0"
+      f" without a gap, e.g. {tuple(range(len(towers)))}"
+    )
+  return tuple(
+    "+".join(m for m, t in zip(modalities, towers, strict=True) if t == k)
+    for k in range(max(towers) + 1)
+  )
+
+
+def tower_counts(
+  modality_counts: Sequence[int], towers: Sequence[int]
+) -> tuple[int, ...]:
+  """Sums places per modality into places per tower."""
+  return tuple(
+    sum(c for c, t in zip(modality_counts, towers, strict=True) if t == k)
+    for k in range(max(towers) + 1)
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Towers:
+  """Which tower each modality has, and which parameters are per tower.
+
+  Attributes:
+    names: of the towers; ("shared",) where there is one.
+    of_modality: tower of each modality.
+    untied: names out of `UNTIE_NAMES`; empty where there is one tower.
+  """
+
+  names: tuple[str, ...]
+  of_modality: tuple[int, ...]
+  untied: frozenset[str]
+
+  @classmethod
+  def parse(
+    cls, modalities: Sequence[str], towers: Sequence[int], untie: str
+  ) -> "Towers":
+    """Reads `config.model.{modalities,towers,untie}`.
+
+    One tower, or nothing untied, is the dense model: no layout, no move.
+
+    Raises:
+      UserError: see `tower_names` and `parse_untie`.
+    """
+    names = tower_names(modalities, towers)
+    untied = parse_untie(untie)
+    if len(names) == 1 or not untied:
+      return cls(("shared",), (0,) * len(towers), frozenset())
+    return cls(names, tuple(towers), untied)
+
+  @property
+  def count(self) -> int:
+    """Number of towers."""
+    return len(self.names)
+
+  def leaves(self, name: str) -> tuple[str, ...]:
+    """Tree names under which the parameter `name` is kept."""
+    return self.names if name in self.untied else ("shared",)
+
+  def routes(self, *names: str) -> bool:
+    """Whether a sub-layer with these parameters works in routed order."""
+    return not self.untied.isdisjoint(names)
