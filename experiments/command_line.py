@@ -25,7 +25,7 @@ from fusionlab.errors import ConfigError, UserError, nearest
 
 if TYPE_CHECKING:
   from fusionlab.experiment import Experiment
-  from fusionlab.generate.config import Request
+  from fusionlab.generation.config import Request
 
 MODES = ("train", "evaluate", "generate", "summary")
 # Modes that take a trained run; they need no --config.

@@ -6,7 +6,7 @@ from typing import Any
 from absl import flags
 
 from fusionlab.errors import UserError
-from fusionlab.generate.config import MAX_NEW_TOKENS, Request, Sampling
+from fusionlab.generation.config import MAX_NEW_TOKENS, Request, Sampling
 
 _SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
 _SETTINGS = (

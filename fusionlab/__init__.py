@@ -14,6 +14,7 @@ if TYPE_CHECKING:
   from fusionlab.batch import batch_of_ids as batch_of_ids
   from fusionlab.errors import UserError as UserError
   from fusionlab.experiment import Experiment as Experiment
+  from fusionlab.generation.generate import generate as generate
   from fusionlab.models.transformer import build_model as build_model
   from fusionlab.objectives import build_objective as build_objective
   from fusionlab.train.checkpoint import load_model
@@ -32,6 +33,7 @@ _PUBLIC = {
   "batch_of_ids": "fusionlab.batch:batch_of_ids",
   "build_model": "fusionlab.models.transformer:build_model",
   "build_objective": "fusionlab.objectives:build_objective",
+  "generate": "fusionlab.generation.generate:generate",
   "init_state": "fusionlab.train.state:init_state",
   "load": "fusionlab.train.checkpoint:load_model",
   "make_train_step": "fusionlab.train.step:make_train_step",

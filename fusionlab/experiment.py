@@ -7,6 +7,7 @@ from typing import Any
 from fusionlab.config import from_mapping, option
 from fusionlab.data.config import DataConfig
 from fusionlab.errors import ConfigError
+from fusionlab.evaluate.config import EvaluateConfig
 from fusionlab.models import MODELS
 from fusionlab.models.config import TransformerConfig
 from fusionlab.objectives import OBJECTIVES
@@ -32,6 +33,9 @@ class Experiment:
   data: DataConfig = option(DataConfig, "documents, rows and groups")
   optimizer: OptimizerConfig = option(OptimizerConfig, "AdamW and schedule")
   train: TrainConfig = option(TrainConfig, "the loop")
+  evaluate: EvaluateConfig = option(
+    EvaluateConfig, "scores and samples of a trained model"
+  )
   mesh: MeshConfig = option(MeshConfig, "devices")
 
   @classmethod

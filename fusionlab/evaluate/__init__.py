@@ -1,5 +1,7 @@
 """Scores a workdir: `--mode=evaluate`, and `run` for library users."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 
@@ -8,3 +10,12 @@ def run(workdir: str, *arguments: Any, **options: Any) -> dict[str, Any]:
   from fusionlab.evaluate import scoring
 
   return scoring.run(workdir, *arguments, **options)
+
+
+def evaluated_at(workdir: str) -> int | None:
+  """The step of a workdir's last evaluation; None where there is none."""
+  try:
+    path = Path(workdir).expanduser() / "evaluation.json"
+    return json.loads(path.read_text("utf-8"))["step"]
+  except (OSError, ValueError, KeyError, TypeError):
+    return None

@@ -6,7 +6,7 @@ taken.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -53,7 +53,6 @@ def captioned_examples(
   *,
   modality: str = "image",
   limit: int = 0,
-  distinct: bool = False,
   seed: int = 0,
 ) -> list[Captioned]:
   """Reads captioned pictures of a split, of all sources that have it.
@@ -65,7 +64,6 @@ def captioned_examples(
     modality: of the pictures.
     limit: how many, drawn at random without replacement; 0: all, in stored
       order.
-    distinct: leave out a picture or a caption that another example has.
     seed: of the draw.
 
   Returns:
@@ -89,18 +87,29 @@ def captioned_examples(
   if limit:
     order = np.random.default_rng(seed).permutation(len(places))
     places = [places[i] for i in order]
+  chosen = [
+    _example(name, row, prepared[name].records(split)[row])
+    for name, row in places[: limit or None]
+  ]
+  return chosen
+
+
+def distinct(examples: Sequence[Captioned], limit: int) -> list[Captioned]:
+  """The first examples of which no two have a caption or a picture in common.
+
+  Args:
+    examples: in any order.
+    limit: how many at most.
+  """
   chosen: list[Captioned] = []
   seen: set[bytes] = set()
-  for name, row in places:
-    if limit and len(chosen) == limit:
-      break
-    record = prepared[name].records(split)[row]
-    example = _example(name, row, record)
+  for example in examples:
     marks = {example.caption.tobytes(), example.codes.tobytes()}
-    if distinct and marks & seen:
-      continue
-    seen |= marks
-    chosen.append(example)
+    if len(chosen) == limit:
+      break
+    if not marks & seen:
+      seen |= marks
+      chosen.append(example)
   return chosen
 
 

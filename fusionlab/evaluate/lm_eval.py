@@ -12,7 +12,7 @@ document `<bos> context continuation`.
 # pyright: reportMissingImports=false
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,12 +28,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from fusionlab.errors import UserError
 from fusionlab.evaluate.likelihood import Scorer
-from fusionlab.models import build_model
+from fusionlab.generation.generate import generate
 from fusionlab.tokenizers import Tokenizers
-from fusionlab.train import checkpoint as checkpoints
-
-# (prompts, new tokens at most, each prompt's stop strings) -> continuations.
-Generate = Callable[[list[str], int, list[list[str]]], list[str]]
+from fusionlab.train.checkpoint import load_model
 
 
 @register_model("fusionlab")
@@ -45,7 +42,6 @@ class FusionlabLM(TemplateLM):
     path: str = "",
     *,
     loaded: tuple[Any, Any, Tokenizers] | None = None,
-    generate: Generate | None = None,
     max_length: int = 0,
     batch_tokens: int = 8192,
     batch_size: int | str | None = None,
@@ -57,9 +53,8 @@ class FusionlabLM(TemplateLM):
     Args:
       path: a workdir, its checkpoints folder, or one step's folder.
       loaded: model, parameters and tokenizers, in place of `path`.
-      generate: greedy generation for tasks of the type generate_until.
       max_length: tokens of a document at most; a longer context loses its
-        beginning. 0: the rows' length in training, with `loaded` no limit.
+        beginning. 0: the rows' length in training, where the model knows it.
       batch_tokens: see `Scorer`.
       batch_size: unused, lm-eval passes it; batches are made by length.
       max_batch_size: unused, as `batch_size`.
@@ -74,16 +69,11 @@ class FusionlabLM(TemplateLM):
         "the model of lm-eval needs either a path or a loaded checkpoint; give"
         " --model_args path=<workdir>"
       )
-    if loaded is None:
-      found = checkpoints.load(path)
-      vocabulary = found.tokenizers.vocabulary
-      model = build_model(found.experiment.model, vocabulary)
-      params = found.params if found.ema is None else found.ema
-      loaded = model, params, found.tokenizers
-      max_length = max_length or found.experiment.data.row_length
+    loaded = load_model(path) if loaded is None else loaded
     model, params, self.tokenizers = loaded
+    max_length = max_length or model.row_length
     self.max_length = max_length or sys.maxsize
-    self._generate = generate
+    self._model, self._params = model, params
     self._scorer = Scorer(model, params, batch_tokens=batch_tokens)
 
   @property
@@ -140,49 +130,52 @@ class FusionlabLM(TemplateLM):
   def generate_until(
     self, requests: Sequence[Instance], disable_tqdm: bool = False
   ) -> list[str]:
-    """Continues each context greedily up to a stop string or the limit.
+    """Continues each context up to a stop string or the limit.
 
     Args:
-      requests: `args` is (context, options); `until` and `max_gen_toks` of the
-        options are heeded.
+      requests: `args` is (context, options); `until`, `max_gen_toks`, `do_sample`,
+        `temperature`, `top_p` and `top_k` of the options are heeded.
       disable_tqdm: unused.
 
     Returns:
       Per request the new text, without the stop string.
-
-    Raises:
-      UserError: no generation was given, or a task that asks for sampling.
     """
-    if self._generate is None:
-      raise UserError(
-        "this lm-eval model cannot generate; use tasks of output_type"
-        " multiple_choice, loglikelihood or loglikelihood_rolling, or pass"
-        " generate= to FusionlabLM"
-      )
     answers = [""] * len(requests)
-    alike: dict[int, list[tuple[int, str, list[str]]]] = {}
+    alike: dict[tuple[Any, ...], list[tuple[int, list[int]]]] = {}
     for index, request in enumerate(requests):
       arguments: Any = request.args
       context, given = arguments
       options: Any = normalize_gen_kwargs(given)
-      if options["do_sample"]:
-        raise UserError(
-          "a task asks for sampling (generation_kwargs do_sample or"
-          " temperature); only greedy generation is offered here, set"
-          " do_sample: false"
-        )
       limit = options["max_gen_toks"]
-      ids = self.tok_encode(context)
-      room = max(1, self.max_length - 1 - limit)
-      if len(ids) > room:
-        context = self.tokenizers.text.decode(ids[-room:])
-      alike.setdefault(limit, []).append((index, context, options["until"]))
-    for limit, group in alike.items():
-      texts = self._generate(
-        [context for _, context, _ in group], limit, [u for _, _, u in group]
+      sampled = options["do_sample"]
+      settings = (
+        limit,
+        tuple(options["until"]),
+        float(options.get("temperature", 1.0)) if sampled else 0.0,
+        float(options.get("top_p", 1.0)) if sampled else 1.0,
+        int(options.get("top_k", 0)) if sampled else 0,
       )
-      for (index, _, until), text in zip(group, texts, strict=True):
-        answers[index] = postprocess_generated_text(text, until, None)
+      # What follows may take half of the places, not all of the context's.
+      kept = min(limit, self.max_length // 2)
+      ids = self._document(self.tok_encode(context), kept)
+      alike.setdefault(settings, []).append((index, ids))
+    for (limit, until, temperature, top_p, top_k), group in alike.items():
+      texts = generate(
+        self._model,
+        self._params,
+        self.tokenizers,
+        [ids for _, ids in group],
+        make="text",
+        max_new_tokens=limit,
+        stop=until,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+      )
+      for (index, _), result in zip(group, texts, strict=True):
+        answers[index] = postprocess_generated_text(
+          result.text, list(until), None
+        )
     return answers
 
   def _loglikelihood_tokens(

@@ -68,7 +68,7 @@ def match(
   Args:
     scorer: a `fusionlab.evaluate.likelihood.Scorer`.
     examples: in random order, captions and pictures all different
-      (`captioned_examples(…, distinct=True)`).
+      (`captioned.distinct`).
     group: candidates of a query.
 
   Raises:

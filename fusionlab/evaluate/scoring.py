@@ -1,20 +1,38 @@
-"""Scores a checkpoint on everything held out, and shows a table."""
+"""Scores a checkpoint on everything held out, draws, and shows a table."""
 
+import contextlib
 import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from absl import logging
 from rich.console import Console
 from rich.table import Table
 
 from fusionlab.errors import UserError
+from fusionlab.evaluate import samples
+from fusionlab.evaluate.captioned import (
+  Captioned,
+  captioned_examples,
+  distinct,
+)
+from fusionlab.evaluate.examples import ExampleScore, example_scores
 from fusionlab.evaluate.heldout import evaluate
+from fusionlab.evaluate.likelihood import Scorer
+from fusionlab.evaluate.matching import match
+from fusionlab.evaluate.pictures import Gallery
+from fusionlab.evaluate.results import Results
+from fusionlab.evaluate.samples import Shown
+from fusionlab.evaluate.unigram import unigram, unigram_nll
 from fusionlab.experiment import Experiment
 from fusionlab.sharding import rules
 from fusionlab.train import checkpoint as checkpoints
 from fusionlab.train.metrics import Row
-from fusionlab.train.setup import build
+from fusionlab.train.setup import Setup, build
 from fusionlab.train.step import make_eval_step
 from fusionlab.train.workdir import write_json
 
@@ -30,15 +48,16 @@ def run(
 
   Args:
     workdir: the run's folder.
-    experiment: where given, its `mesh`, `data.cache_dir` and `data.prefetch`
-      are used; everything else is as the checkpoint recorded it.
+    experiment: where given, its `mesh`, `evaluate`, `data.cache_dir` and
+      `data.prefetch` are used; everything else is as the checkpoint recorded it.
     step: which checkpoint; None takes the newest good one.
     console: where the table goes; default standard output.
 
   Returns:
-    {"step", "checkpoint", "metrics"}, which is also written to
-    `<workdir>/evaluation.json`. The moving average of the parameters is scored
-    where one is kept.
+    {"step", "checkpoint", "metrics", "intervals", "counts", "chance", …}, which
+    is also written to `<workdir>/evaluation.json`; what was drawn goes to
+    `<workdir>/samples`. The moving average of the parameters is scored where one
+    is kept.
 
   Raises:
     UserError: no such checkpoint, or a corrupted one.
@@ -63,19 +82,123 @@ def run(
     params,
     rules.param_shardings(setup.model.param_axes(), params, setup.mesh),
   )
-  row = evaluate(
-    make_eval_step(setup.model, setup.objective, mesh=setup.mesh),
-    params,
-    setup.data.heldout,
-    setup.data.uncaptioned,
-    setup.mesh,
-    codes_per_picture=setup.tokenizers.image.codes_per_image,
-  )
-  result = {"step": loaded.step, "checkpoint": str(path), "metrics": row}
+  started = time.monotonic()
+  console = console or Console()
+  config = setup.experiment.evaluate
+  with _progress(console) as tell:
+    tell("held-out losses")
+    row = evaluate(
+      make_eval_step(setup.model, setup.objective, mesh=setup.mesh),
+      params,
+      setup.data.heldout,
+      setup.data.uncaptioned,
+      setup.mesh,
+      codes_per_picture=setup.tokenizers.image.codes_per_image,
+    )
+    results = Results(seed=config.seed, metrics=dict(row))
+    splits = _captioned(setup)
+    gallery, shown = None, {}
+    if splits:
+      scorer = Scorer(setup.model, params, mesh=setup.mesh)
+      table = unigram(setup.data.prepared, setup.data.vocabulary, limit=10_000)
+      bank = [e for drawn in splits.values() for e in drawn]
+      gallery = Gallery(
+        setup.model, params, setup.tokenizers, setup.experiment, bank
+      )
+      for split, drawn in splits.items():
+        tell(f"captions and pictures of {split}")
+        examples = drawn[: config.examples]
+        scores = example_scores(scorer, examples, setup.tokenizers.text)
+        _score_pictures(split, examples, scores, table, setup, results)
+        _match(split, drawn, scorer, config.matched, results)
+        gallery.measure(split, examples, results)
+        shown[split] = Shown.choose(examples, scores, config.grid)
+    result = {
+      "step": loaded.step,
+      "checkpoint": str(path),
+      **results.as_mapping(),
+    }
+    if jax.process_index() == 0:
+      if gallery is not None:
+        tell("pictures for the report")
+        samples.write(folder, gallery, shown, loaded.step)
+      result["seconds"] = round(time.monotonic() - started, 1)
+      write_json(folder / "evaluation.json", result)
   if jax.process_index() == 0:
-    (console or Console()).print(table(row, loaded.step))
-    write_json(folder / "evaluation.json", result)
+    console.print(table_of(results.metrics, loaded.step))
   return result
+
+
+def _captioned(setup: Setup) -> dict[str, list[Captioned]]:
+  """Captioned pictures of each split, in random order, as many as the bank has."""
+  config, data = setup.experiment.evaluate, setup.data
+  if not config.examples or len(data.vocabulary.modalities) < 2:
+    return {}
+  if jax.process_count() > 1:
+    logging.warning(
+      "captions and pictures are scored and drawn by one process: run"
+      " --mode=evaluate with this --workdir on one machine"
+    )
+    return {}
+  names = {split for p in data.prepared.values() for split in p.splits}
+  splits = {}
+  for split in sorted(names, key=lambda name: (name != "train", name)):
+    found = captioned_examples(
+      data.prepared,
+      split,
+      data.vocabulary,
+      limit=max(config.bank, config.examples),
+      seed=config.seed,
+    )
+    if found:
+      splits[split] = found
+  return splits
+
+
+def _score_pictures(
+  split: str,
+  examples: Sequence[Captioned],
+  scores: Sequence[ExampleScore],
+  table: np.ndarray,
+  setup: Setup,
+  results: Results,
+) -> None:
+  """Nats per code after the caption, beside the unigram code model's."""
+  codes = np.array([s.codes for s in scores])
+  nll = np.array([s.nll for s in scores])
+  alone = [unigram_nll(table, e.codes, setup.data.vocabulary) for e in examples]
+  results.add(f"eval/{split}/image_nll_per_code", nll, codes)
+  results.add(
+    f"eval/{split}/image_unigram_nll_per_code", np.array(alone), codes
+  )
+
+
+def _match(
+  split: str,
+  drawn: Sequence[Captioned],
+  scorer: Scorer,
+  matched: int,
+  results: Results,
+) -> None:
+  """The right picture, and the right caption, among 32."""
+  chosen = distinct(drawn, matched)
+  if len(chosen) < 2:
+    return
+  found = match(scorer, chosen)
+  for name, hits in found.hits.items():
+    which = name.replace("/likelihood", "/top1_by_likelihood")
+    which = which if which != name else f"{name}/top1"
+    results.add(f"eval/{split}/{which}", hits, chance=found.chance)
+
+
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str], None]]:
+  """Shows what is being done: a spinner, or a line each where nobody watches."""
+  if not console.is_terminal:
+    yield lambda what: console.print(f"evaluating: {what}", highlight=False)
+    return
+  with console.status("evaluating") as status:
+    yield lambda what: status.update(f"evaluating: {what}")
 
 
 def _placed(recorded: Experiment, given: Experiment | None) -> Experiment:
@@ -87,10 +210,12 @@ def _placed(recorded: Experiment, given: Experiment | None) -> Experiment:
     cache_dir=given.data.cache_dir,
     prefetch=given.data.prefetch,
   )
-  return dataclasses.replace(recorded, mesh=given.mesh, data=data)
+  return dataclasses.replace(
+    recorded, mesh=given.mesh, data=data, evaluate=given.evaluate
+  )
 
 
-def table(row: Row, step: int) -> Table:
+def table_of(row: Row, step: int) -> Table:
   """Lays out held-out metrics, one line a metric and one column a split.
 
   Args:
@@ -111,12 +236,13 @@ def table(row: Row, step: int) -> Table:
       splits.append(split)
     cells.setdefault(metric, {})[split] = value
   shown = Table(title=f"held-out, step {step}")
-  shown.add_column("metric", no_wrap=True)
+  shown.add_column("metric", overflow="fold")
   for split in splits:
-    shown.add_column(split.removeprefix("heldout_"), justify="right")
+    name = split.removeprefix("heldout_")
+    shown.add_column(name, justify="right", no_wrap=True)
   for metric, values in cells.items():
     shown.add_row(
-      metric, *(f"{values[s]:.4f}" if s in values else "" for s in splits)
+      metric, *(f"{values[s]:.4g}" if s in values else "" for s in splits)
     )
   return shown
 

@@ -26,9 +26,11 @@ class NextTokenConfig:
   )
   word_dropout: float = option(
     0.0,
-    "probability that an input id of another modality than text is a random one"
-    " of its modality (Bowman et al. 2016, §3.1): a picture is then predicted"
-    " less from its own beginning and more from its caption",
+    "largest rate of word dropout (Bowman et al. 2016, §3.1): in a document that"
+    " begins with text, input ids of other modalities are random ones of their"
+    " modality, at a rate drawn evenly up to this for the document, so that a"
+    " picture is predicted less from its own beginning and more from its"
+    " caption; targets stay",
     minimum=0.0,
     maximum=1.0,
   )
@@ -105,13 +107,22 @@ class NextToken:
   def _drop_words(self, batch: Batch, key: jax.Array) -> Batch:
     """Replaces some inputs; targets stay."""
     vocabulary = self.vocabulary
-    which, what = jax.random.split(key)
-    modality = jnp.asarray(batch.modality)
+    which, what, rates = jax.random.split(key, 3)
+    modality, segment = jnp.asarray(batch.modality), jnp.asarray(batch.segment)
     size = jnp.asarray(vocabulary.sizes)[modality]
     first = jnp.asarray(vocabulary.ends)[modality] - size
     other = first + jax.random.randint(what, size.shape, 0, size)
-    drop = jax.random.bernoulli(which, self.config.word_dropout, size.shape)
-    drop &= modality > 0
+    rate = jax.random.uniform(rates, size.shape) * self.config.word_dropout
+    # A row has fewer documents than positions.
+    rate = jnp.take_along_axis(rate, segment - 1, axis=1, mode="clip")
+    drop = jax.random.uniform(which, size.shape) < rate
+    # What stands behind a document's <bos> opens a block where it has no caption
+    # in front.
+    second = jnp.take_along_axis(
+      jnp.asarray(batch.tokens), batch.k_start + 1, axis=1, mode="clip"
+    )
+    captioned = (second[..., None] != jnp.array(vocabulary.begin[1:])).all(-1)
+    drop &= (modality > 0) & captioned
     return batch.replace(tokens=jnp.where(drop, other, batch.tokens))
 
 

@@ -8,8 +8,14 @@ from fusionlab.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW by path pattern, with a schedule that depends on the step alone."""
+  """AdamW or Muon, with a schedule that depends on the step alone."""
 
+  kind: str = option(
+    "adamw",
+    "adamw, or muon for the layers' matrices (AdamW for the rest): dearer steps"
+    " that learn more, at AdamW's rates",
+    choices=("adamw", "muon"),
+  )
   learning_rate: float = option(3e-3, "peak learning rate", minimum=0.0)
   schedule: str = option(
     "cosine",
@@ -32,6 +38,9 @@ class OptimizerConfig:
   )
   b2: float = option(
     0.98, "decay of the second moment", minimum=0.0, maximum=0.999999
+  )
+  muon_momentum: float = option(
+    0.95, "muon: decay of the momentum", minimum=0.0, maximum=0.999999
   )
   eps: float = option(
     1e-8, "added to the root of the second moment", minimum=0.0

@@ -217,9 +217,9 @@ class _Run:
       workdirs.write_json(
         self.folder / "config.json", workdirs.to_mapping(self.experiment)
       )
-      workdirs.write_json(
-        self.folder / "environment.json", environment.describe()
-      )
+      described = environment.describe()
+      workdirs.write_json(self.folder / "environment.json", described)
+      workdirs.record_start(self.folder, self.start, described)
       self.writers.truncate(self.start)
     if self._saved >= 0:
       self.progress.say(f"resumed {self.folder} at step {self.start}")
@@ -341,6 +341,7 @@ class _Run:
 
   def _save(self) -> None:
     self.saver.save(self.state)
+    self.status.write("running")
     self._saved = self.status.step
 
   @contextlib.contextmanager

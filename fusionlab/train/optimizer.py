@@ -1,6 +1,7 @@
-"""AdamW by path pattern, and schedules that are functions of the step alone.
+"""AdamW or Muon by path, and schedules that are functions of the step alone.
 
-Sources: AdamW, arXiv 1711.05101, Algorithm 2; warm-up-stable-decay ("wsd"),
+Sources: AdamW, arXiv 1711.05101, Algorithm 2; Muon with the root mean square of
+AdamW's updates, arXiv 2502.16982, Eq. 4; warm-up-stable-decay ("wsd"),
 arXiv 2404.06395, §4.
 """
 
@@ -11,10 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jaxtyping import Array, Float, Int, PyTree
 
 from fusionlab.errors import ConfigError
+from fusionlab.sharding.axes import EMBED, LAYERS, VOCAB
 from fusionlab.train.config import OptimizerConfig
+
+# Of an update's entries, with which rates and decay are those of AdamW.
+_ADAM_RMS = 0.2
 
 Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
 
@@ -125,13 +131,15 @@ def scale_by_step(
 
 
 def make_optimizer(
-  config: OptimizerConfig, schedule: Schedule
+  config: OptimizerConfig, schedule: Schedule, *, axes: PyTree = None
 ) -> optax.GradientTransformationExtraArgs:
-  """Builds clip → Adam → decoupled decay → rate.
+  """Builds clip → Adam or Muon → decoupled decay → rate.
 
   Args:
     config: `config.optimizer`.
     schedule: see `make_schedule`; `update` takes `step=` as an extra argument.
+    axes: tree of each parameter's axis names (`model.param_axes()`), which Muon
+      needs.
 
   Raises:
     ConfigError: `no_decay` is not a regular expression.
@@ -147,8 +155,49 @@ def make_optimizer(
   parts = []
   if config.clip_norm:
     parts.append(optax.clip_by_global_norm(config.clip_norm))
-  parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
+  if config.kind == "muon":
+    parts.append(
+      optax.contrib.muon(
+        -1.0,  # The rate comes last, with its sign.
+        beta=config.muon_momentum,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        eps=config.eps,
+        muon_weight_dimension_numbers=lambda _: muon_matrices(axes),
+        consistent_rms=_ADAM_RMS,
+      )
+    )
+  else:
+    parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
   if config.weight_decay:
     parts.append(optax.add_decayed_weights(config.weight_decay, mask))
   parts.append(scale_by_step(schedule))
   return optax.chain(*parts)
+
+
+def muon_matrices(axes: PyTree) -> PyTree:
+  """Which parameters Muon takes as matrices, and how.
+
+  Those that map the model's width to something, or something to it: the width is
+  one side of the matrix, all other axes but the layers' the other one (which side
+  is which does not matter to an orthogonal update). Tables of the vocabulary and
+  norms are Adam's.
+
+  Args:
+    axes: tree of each parameter's axis names.
+
+  Returns:
+    A tree of `optax.contrib.MuonDimensionNumbers`, None where Adam is used.
+  """
+
+  def matrix(
+    names: tuple[str, ...],
+  ) -> optax.contrib.MuonDimensionNumbers | None:
+    others = [i for i, name in enumerate(names) if name not in (EMBED, LAYERS)]
+    if EMBED not in names or VOCAB in names or not others:
+      return None
+    return optax.contrib.MuonDimensionNumbers(
+      (names.index(EMBED),), tuple(others)
+    )
+
+  return jax.tree.map(matrix, axes, is_leaf=lambda x: isinstance(x, tuple))

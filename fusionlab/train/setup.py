@@ -89,13 +89,13 @@ def build_steps(setup: Setup) -> Steps:
   experiment, mesh = setup.experiment, setup.mesh
   config = experiment.train
   schedule = make_schedule(experiment.optimizer, config.schedule_steps)
-  optimizer = make_optimizer(experiment.optimizer, schedule)
+  axes = setup.model.param_axes()
+  optimizer = make_optimizer(experiment.optimizer, schedule, axes=axes)
   keeps_ema = experiment.optimizer.ema_decay > 0
   abstract = abstract_state(setup.model.init_params, optimizer, ema=keeps_ema)
   shardings = state_shardings(
     abstract,
-    optimizer,
-    rules.param_shardings(setup.model.param_axes(), abstract.params, mesh),
+    rules.param_shardings(axes, abstract.params, mesh),
     rules.replicated(mesh),
   )
   return Steps(

@@ -90,27 +90,25 @@ def abstract_state(
 
 
 def state_shardings(
-  abstract: TrainState,
-  optimizer: optax.GradientTransformation,
-  params: PyTree,
-  replicated: NamedSharding,
+  abstract: TrainState, params: PyTree, replicated: NamedSharding
 ) -> TrainState:
   """Gives every leaf of the state its sharding.
 
   Args:
     abstract: see `abstract_state`.
-    optimizer: what made `abstract.opt_state`.
     params: the parameters' shardings; moments and the moving average inherit
       them.
     replicated: for counters.
   """
-  opt_state = optax.tree_utils.tree_map_params(
-    optimizer,
-    lambda _, sharding: sharding,
-    abstract.opt_state,
-    params,
-    transform_non_params=lambda _: replicated,
-  )
+  by_path = dict(jax.tree_util.tree_leaves_with_path(params))
+
+  def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    """A moment's path ends with its parameter's."""
+    del leaf
+    ends = (path[i:] for i in range(len(path)))
+    return next((by_path[e] for e in ends if e in by_path), replicated)
+
+  opt_state = jax.tree_util.tree_map_with_path(of, abstract.opt_state)
   return dataclasses.replace(
     abstract,
     step=replicated,

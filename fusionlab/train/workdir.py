@@ -1,6 +1,7 @@
 """The folder of a run: whose it is, what may change on resume, its status."""
 
 import dataclasses
+import datetime
 import fcntl
 import json
 from collections.abc import Mapping
@@ -33,7 +34,7 @@ CHANGEABLE = frozenset(
     "data.image_tokenizer",
   }
 )
-_CHANGEABLE_SECTIONS = ("mesh.",)
+_CHANGEABLE_SECTIONS = ("mesh.", "evaluate.")
 
 
 def may_change(key: str) -> bool:
@@ -188,6 +189,28 @@ def write_status(
   """
   content = {"status": status, "step": step, "reason": reason}
   write_json(workdir / "status.json", content)
+
+
+def record_start(
+  workdir: Path, step: int, environment: Mapping[str, Any]
+) -> None:
+  """Adds a line to `starts.jsonl`, which tells a run's starts and resumes.
+
+  Args:
+    workdir: the run's folder.
+    step: step it starts from.
+    environment: of `fusionlab.train.environment.describe`.
+  """
+  devices = environment["devices"]
+  line = {
+    "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "step": step,
+    "commit": environment["commit"],
+    "command": environment["command"],
+    "device": f"{devices['count']} x {devices['kind']}",
+  }
+  with (workdir / "starts.jsonl").open("a", encoding="utf-8") as file:
+    file.write(json.dumps(line) + "\n")
 
 
 def finished_at(workdir: Path) -> int | None:

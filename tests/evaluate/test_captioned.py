@@ -8,6 +8,7 @@ from fusionlab.evaluate.captioned import (
   caption_after_picture,
   caption_alone,
   captioned_examples,
+  distinct,
   picture_after_caption,
 )
 from fusionlab.evaluate.examples import example_scores, nll_per_code
@@ -62,10 +63,13 @@ def test_draws_without_replacement_by_the_seed():
 @pytest.mark.parametrize("seed", range(4))
 def test_distinct_ones_share_neither_caption_nor_picture(seed):
   """Of four, two pairs share something."""
-  found = captioned_examples(
-    PREPARED, "train", VOCABULARY, limit=4, distinct=True, seed=seed
+  examples = captioned_examples(
+    PREPARED, "train", VOCABULARY, limit=4, seed=seed
   )
-  assert len(found) == 2
+  assert len(examples) == 4
+  found = distinct(examples, 4)
+  assert len(found) == 2 and found[0] == examples[0]
+  assert len(distinct(examples, 1)) == 1
   assert len({e.caption.tobytes() for e in found}) == 2
   assert len({e.codes.tobytes() for e in found}) == 2
 

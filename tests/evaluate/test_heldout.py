@@ -9,7 +9,7 @@ from rich.console import Console
 from fusionlab import evaluate as room
 from fusionlab.errors import UserError
 from fusionlab.evaluate.heldout import Interrupted, evaluate
-from fusionlab.evaluate.scoring import table
+from fusionlab.evaluate.scoring import table_of
 from fusionlab.objectives.metrics import Mean
 from fusionlab.sharding.mesh import MeshConfig, make_mesh
 from fusionlab.train import loop
@@ -109,9 +109,9 @@ def test_table_has_a_column_per_split():
     {"a": [{"loss/text": (1.0, 2.0)}], "b": [{"loss/text": (3.0, 2.0)}]}, {}
   )
   console = Console(record=True, width=100)
-  console.print(table(row, 7))
+  console.print(table_of(row, 7))
   shown = console.export_text()
-  for cell in ("loss/text", "a", "b", "all", "0.5000", "1.5000", "1.0000"):
+  for cell in ("loss/text", "a", "b", "all", "0.5", "1.5", "1"):
     assert cell in shown
 
 
@@ -125,6 +125,8 @@ def test_evaluate_a_workdir(tmp_path, monkeypatch):
   written = json.loads((tmp_path / "run" / "evaluation.json").read_text())
   assert written["metrics"] == result["metrics"]
   assert result["step"] == 4
+  assert room.evaluated_at(str(tmp_path / "run")) == 4
+  assert room.evaluated_at(str(tmp_path)) is None
   lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
   last = json.loads(lines[-1])
   for name in ("eval/loss/text", "eval/caption_nats_per_picture"):

@@ -16,6 +16,7 @@ from lm_eval.tasks import TaskManager
 from fusionlab.errors import UserError
 from fusionlab.evaluate.likelihood import Scorer
 from fusionlab.evaluate.lm_eval import FusionlabLM
+from fusionlab.generation.generate import Generated
 from fusionlab.models import build_model
 from fusionlab.models.mixture_of_transformers import (
   MixtureOfTransformersConfig,
@@ -137,14 +138,19 @@ def test_long_texts_are_cut(loaded):
   )
 
 
-def test_generation(loaded, tmp_path):
-  """The injected function gets prompts, limit and stops; stops are cut off."""
+def test_generation(loaded, tmp_path, monkeypatch):
+  """Contexts, limit, stops and sampling reach `generate`; stops are cut off."""
   asked = []
 
-  def generate(prompts, limit, stops):
-    asked.append((prompts, limit, stops))
-    return [f" {row['choices'][0]}. And so on" for row in QUESTIONS]
+  def generate(model, params, tokenizers, prompts, **options):
+    assert (model, params, tokenizers) == loaded
+    asked.append(
+      ([tokenizers.text.decode(ids[1:]) for ids in prompts], options)
+    )
+    texts = [f" {row['choices'][0]}. And so on" for row in QUESTIONS]
+    return [Generated(i, 0, (), (t,), "stop") for i, t in enumerate(texts)]
 
+  monkeypatch.setattr("fusionlab.evaluate.lm_eval.generate", generate)
   task = {
     "output_type": "generate_until",
     "doc_to_target": "{{choices[0]}}",
@@ -156,18 +162,34 @@ def test_generation(loaded, tmp_path):
       {"name": "strip", "filter": [{"function": "remove_whitespace"}]}
     ],
   }
-  results, _ = evaluate(
-    FusionlabLM(loaded=loaded, generate=generate), tmp_path, **task
-  )
+  results, _ = evaluate(FusionlabLM(loaded=loaded), tmp_path, **task)
   assert results["exact_match,strip"] == 1.0
-  assert asked == [([r["question"] for r in QUESTIONS], 7, [["."]] * 3)]
-  with pytest.raises(UserError, match="cannot generate"):
-    evaluate(FusionlabLM(loaded=loaded), tmp_path, **task)
+  settings = {"make": "text", "max_new_tokens": 7, "stop": (".",)}
+  greedy = {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
+  questions = [r["question"] for r in QUESTIONS]
+  assert asked == [(questions, settings | greedy)]
   sampled = task | {
-    "generation_kwargs": {"until": ["."], "do_sample": True, "temperature": 1.0}
+    "generation_kwargs": {
+      "until": ["."],
+      "max_gen_toks": 7,
+      "do_sample": True,
+      "temperature": 0.5,
+      "top_p": 0.9,
+    }
   }
-  with pytest.raises(UserError, match="only greedy"):
-    evaluate(FusionlabLM(loaded=loaded, generate=generate), tmp_path, **sampled)
+  evaluate(FusionlabLM(loaded=loaded), tmp_path, **sampled)
+  drawn = {"temperature": 0.5, "top_p": 0.9, "top_k": 0}
+  assert asked[1] == (questions, settings | drawn)
+
+
+def test_generation_runs(loaded):
+  """The real one, on a drawn model."""
+  model = FusionlabLM(loaded=loaded)
+  request = Instance(
+    "generate_until", {}, ("abc", {"until": ["~"], "max_gen_toks": 5}), 0
+  )
+  (answer,) = model.generate_until([request])
+  assert isinstance(answer, str)
 
 
 def test_needs_one_checkpoint(loaded):

@@ -170,7 +170,9 @@ def open_fake_data(
       "heldout_place": make(stream=2, batches=2),
     },
     uncaptioned={"heldout_picture": make(stream=1, batches=3, captions=False)},
-    prepared={"fake": types.SimpleNamespace(fingerprint=fingerprint)},
+    prepared={
+      "fake": types.SimpleNamespace(fingerprint=fingerprint, splits=())
+    },
   )
 
 

@@ -46,7 +46,6 @@ class Parts:
       )
       self.shardings = state_shardings(
         abstract,
-        self.optimizer,
         rules.param_shardings(self.model.param_axes(), abstract.params, mesh),
         rules.replicated(mesh),
       )

@@ -35,10 +35,10 @@ from fusionlab.data.sources.places import flag_places
 from fusionlab.errors import UserError, nearest
 
 HELDOUT_PICTURES = 0.05
-HELDOUT_STYLES = 0.05
+HELDOUT_STYLES = 0.15
 
 # Raised when the drawing or the captions change, so that caches are made anew.
-REVISION = 1
+REVISION = 2
 
 _TONES = re.compile("[\U0001f3fb-\U0001f3ff\ufe0f]")
 # Joined signs that vary a person: gender, direction, hair.
@@ -114,9 +114,10 @@ class _Picture:
 class OpenMoji:
   """Kind `openmoji`.
 
-  `path` "" gives all emoji without skin tones, in colour and as line drawings;
-  "skin_tones" gives the skin-tone variants, in colour only, because their
-  lines are the lines of the emoji without a tone.
+  `path` "" gives all emoji without skin tones, in colour and as line drawings; an
+  Emoji version such as "0.6" those up to it (0.6: some 700, those of the first
+  phones; gendered variants come with 4.0); "skin_tones" the skin-tone variants, in
+  colour only, because their lines are the lines of the emoji without a tone.
   """
 
   def __init__(self, config: SourceConfig, name: str):
@@ -125,10 +126,12 @@ class OpenMoji:
     Raises:
       UserError: a missing package, a Pillow without raqm, an unknown `path`.
     """
-    if config.path not in ("", "skin_tones"):
+    self._until = _version(config.path)
+    if config.path not in ("", "skin_tones") and self._until is None:
       raise UserError(
         f"config.data.sources.{name}.path={config.path!r}: kind 'openmoji'"
-        f" knows '' and 'skin_tones'{nearest(config.path, ['skin_tones'])}"
+        f" knows '', 'skin_tones' and Emoji versions such as '0.6'"
+        f"{nearest(config.path, ['skin_tones', '0.6'])}"
       )
     refuse_heldout(config, name)
     self._name = name
@@ -145,6 +148,7 @@ class OpenMoji:
         "kind": "openmoji",
         "revision": REVISION,
         "skin_tones": self._toned,
+        "until": self._until,
         "versions": versions(*modules),
       }
     )
@@ -213,6 +217,8 @@ class OpenMoji:
     for text, entry in self._emoji.EMOJI_DATA.items():
       if entry["status"] != qualified or text in self._places:
         continue
+      if self._until is not None and entry["E"] > self._until:
+        continue
       stem = self._stem(text)
       if stem:
         emoji = _Emoji(text, stem, entry["en"])
@@ -226,6 +232,11 @@ class OpenMoji:
       if stem in self._artist.stems:
         return stem
     return ""
+
+
+def _version(path: str) -> float | None:
+  """The Emoji version that `path` is, or None."""
+  return float(path) if re.fullmatch(r"\d+(\.\d+)?", path) else None
 
 
 def _split(emoji: _Emoji, style: str, *, both: bool) -> str:

@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from fusionlab.errors import UserError
-from fusionlab.generate.blocks import Blocks
-from fusionlab.generate.config import Sampling
-from fusionlab.generate.sampling import (
+from fusionlab.generation.blocks import Blocks
+from fusionlab.generation.config import Sampling
+from fusionlab.generation.sampling import (
   draw,
   guide,
   numbers,

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fusionlab.generate import sampling
-from fusionlab.generate.config import Sampling
+from fusionlab.generation import sampling
+from fusionlab.generation.config import Sampling
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`fusionlab.generate`: prompts to texts and pictures."""
+"""`fusionlab.generate`: prompts in, texts and pictures out."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -10,11 +10,11 @@ import numpy as np
 
 from fusionlab.config import from_mapping
 from fusionlab.errors import UserError, nearest
-from fusionlab.generate import prompts as documents
-from fusionlab.generate.blocks import Blocks
-from fusionlab.generate.config import MAX_NEW_TOKENS, Sampling
-from fusionlab.generate.prompts import Prompt
-from fusionlab.generate.sampler import (
+from fusionlab.generation import prompts as documents
+from fusionlab.generation.blocks import Blocks
+from fusionlab.generation.config import MAX_NEW_TOKENS, Sampling
+from fusionlab.generation.prompts import Prompt
+from fusionlab.generation.sampler import (
   FINISH,
   RUNNING,
   STOP,

@@ -20,9 +20,9 @@ from rich.progress import (
 )
 
 from fusionlab.errors import UserError
-from fusionlab.generate.config import Request
-from fusionlab.generate.generation import Generated, generate
-from fusionlab.generate.prompts import Part, Prompt
+from fusionlab.generation.config import Request
+from fusionlab.generation.generate import Generated, generate
+from fusionlab.generation.prompts import Part, Prompt
 from fusionlab.train.checkpoint import find, load_model
 
 

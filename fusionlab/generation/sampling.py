@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from fusionlab.generate.config import Sampling
+from fusionlab.generation.config import Sampling
 
 _NEVER = -jnp.inf
 

@@ -9,9 +9,9 @@ import pytest
 
 from fusionlab.batch import batch_of_ids
 from fusionlab.errors import UserError
-from fusionlab.generate import sampler as sampler_module
-from fusionlab.generate.config import Sampling
-from fusionlab.generate.sampler import (
+from fusionlab.generation import sampler as sampler_module
+from fusionlab.generation.config import Sampling
+from fusionlab.generation.sampler import (
   EOS,
   FULL,
   STOP,
@@ -19,7 +19,7 @@ from fusionlab.generate.sampler import (
   fork,
   rollback,
 )
-from tests.generate.tiny import BLOCKS, TWO, make
+from tests.generation.tiny import BLOCKS, TWO, make
 
 FREE = Sampling(temperature=1.0, top_k=0)
 PROMPTS = [[1, 7, 8], [1, 9, 10, 11, 12, 3, 30], [1], [1, 3, 31, 32, 33, 34, 4]]

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from fusionlab.errors import UserError
-from fusionlab.generate.blocks import Blocks
-from tests.generate.tiny import BLOCKS, THREE, TWO, document
+from fusionlab.generation.blocks import Blocks
+from tests.generation.tiny import BLOCKS, THREE, TWO, document
 
 RULES = {"two": BLOCKS, "three": Blocks(THREE, (0, 4, 2))}
 

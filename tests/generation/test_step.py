@@ -10,7 +10,7 @@ import pytest
 
 from fusionlab.batch import batch_of_ids
 from fusionlab.routing import make_layout
-from tests.generate.tiny import THREE, TWO, document, make
+from tests.generation.tiny import THREE, TWO, document, make
 
 VARIANTS = {
   "mot": {},

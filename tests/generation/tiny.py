@@ -6,7 +6,7 @@ import numpy as np
 
 from fusionlab.analysis import parameters
 from fusionlab.batch import Vocabulary
-from fusionlab.generate.blocks import Blocks
+from fusionlab.generation.blocks import Blocks
 from fusionlab.models import build_model
 from fusionlab.models.mixture_of_transformers import (
   MixtureOfTransformersConfig,
