@@ -1,7 +1,8 @@
-"""Trains the tiny config, kills it with SIGKILL, resumes, compares the losses.
+"""Trains the tiny config, kills it with SIGKILL, resumes, generates.
 
 Every training loss of the interrupted run must equal the uninterrupted run's, to
-the last bit of what metrics.csv holds; and the default data must fill the rows.
+the last bit of what metrics.csv holds; the killed run's last checkpoint must draw
+and write; and the default data must fill the rows.
 """
 
 import csv
@@ -66,6 +67,24 @@ def train_until(workdir: pathlib.Path, step: int) -> None:
   print(f"killed after step {max(losses(workdir))}", flush=True)
 
 
+def generates(workdir: pathlib.Path) -> bool:
+  """Draws a picture, and describes it; True where both files are there."""
+  generate = [
+    sys.executable,
+    "-m",
+    "experiments.run",
+    "--mode=generate",
+    f"--workdir={workdir}",
+    "--prompt=red apple",
+  ]
+  subprocess.run([*generate, "--make=image", "--guidance=2"], check=True)
+  picture = workdir / "generated" / "001" / "000_0.png"
+  subprocess.run(
+    [*generate, f"--image={picture}", "--max_new_tokens=8"], check=True
+  )
+  return (workdir / "generated" / "002" / "generated.txt").is_file()
+
+
 def fills() -> dict[str, float]:
   """Tokens over places of each modality, in the default data's first epoch."""
   get_config = runpy.run_path("configs/mot_chameleon.py")["get_config"]
@@ -86,6 +105,7 @@ def main() -> int:
     train_until(killed, KILL_AFTER)
     train_until(killed, LAST_STEP)
     expected, found = losses(whole), losses(killed)
+    generated = generates(killed)
   differing = [
     step
     for step in range(1, LAST_STEP + 1)
@@ -94,7 +114,7 @@ def main() -> int:
   for step in differing:
     print(f"step {step}: {expected.get(step)} became {found.get(step)}")
   print(f"{LAST_STEP - len(differing)} of {LAST_STEP} steps agree")
-  failed = bool(differing)
+  failed = bool(differing) or not generated
   for name, fill in fills().items():
     print(f"{name} places are {fill:.3f} full, at least {FILL}")
     failed |= fill < FILL

@@ -27,6 +27,7 @@ What differs from the paper: the data, and at `tiny` the size, the vocabulary
 (4,096 ids), rows of 512 tokens and the schedule.
 """
 
+import dataclasses
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -39,6 +40,7 @@ from fusionlab.models.mixture_of_transformers import (
   SIZES,
   MixtureOfTransformersConfig,
 )
+from fusionlab.objectives.next_token import NextTokenConfig
 from fusionlab.sharding.mesh import MeshConfig
 from fusionlab.train.config import OptimizerConfig, TrainConfig
 
@@ -71,10 +73,22 @@ def get_config(size: str = "tiny") -> ConfigDict:
 
 
 def _tiny() -> Experiment:
+  # Few pictures seen often, captions in front of most of them: eight minutes teach
+  # what a caption means for some 1,400 pictures, and little about 3,100.
+  emoji = dataclasses.replace(_SOURCES["openmoji"], path="0.6")
+  factbook = dataclasses.replace(_SOURCES["factbook"], weight=0.1)
   return Experiment(
     model=MixtureOfTransformersConfig(dim=192, num_layers=4, num_heads=6),
-    data=DataConfig(sources=_SOURCES, row_length=512),
+    objective=NextTokenConfig(word_dropout=1.0),
+    data=DataConfig(
+      sources={**_SOURCES, "openmoji": emoji, "factbook": factbook},
+      row_length=384,  # five pictures with their captions
+      image_first=0.2,
+      caption_drop=0.05,
+      first_caption=0.9,
+    ),
     optimizer=OptimizerConfig(
+      kind="muon",
       learning_rate=3e-3,
       schedule="cosine",
       warmup_steps=50,
@@ -82,7 +96,7 @@ def _tiny() -> Experiment:
       final_fraction=0.02,
       b2=0.98,
     ),
-    train=TrainConfig(batch_size=4, num_steps=600, max_seconds=480.0),
+    train=TrainConfig(batch_size=6, num_steps=800, max_seconds=450.0),
   )
 
 

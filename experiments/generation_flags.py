@@ -53,7 +53,9 @@ def define(values: flags.FlagValues) -> None:
     "stop", [], "generate: string that ends a continuation", **to
   )
   for field in dataclasses.fields(Sampling):
-    define = flags.DEFINE_integer if field.type is int else flags.DEFINE_float
+    define: Any = flags.DEFINE_float
+    if field.type is int:
+      define = flags.DEFINE_integer
     help_text = f"generate: {field.metadata['help']}"
     define(field.name, field.default, help_text, **to)
 
@@ -69,7 +71,7 @@ def read(values: flags.FlagValues) -> Request:
   Raises:
     UserError: a prompt file that cannot be read or has no line.
   """
-  prompts = list(values["prompt"].value)
+  prompts = list(values["prompt"].value or ())
   if file := values["prompt_file"].value:
     try:
       with open(file, encoding="utf-8") as lines:
@@ -88,7 +90,7 @@ def read(values: flags.FlagValues) -> Request:
     prompts += found
   return Request(
     prompts=tuple(prompts),
-    images=tuple(values["image"].value),
+    images=tuple(values["image"].value or ()),
     out=values["out"].value or "",
     settings={name: values[name].value for name in _SETTINGS},
   )

@@ -73,6 +73,14 @@ FORBIDDEN = {
     "fusionlab.train.loop",
     "kernels_pallas",
   ],
+  "fusionlab.generation": [
+    "fusionlab.objectives",
+    "fusionlab.evaluate",
+    "fusionlab.report",
+    "fusionlab.models.mixture_of_transformers",
+    "fusionlab.train.loop",
+    "kernels_pallas",
+  ],
   "fusionlab.report": [
     "jax",
     "flax",

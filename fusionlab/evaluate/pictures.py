@@ -45,7 +45,7 @@ class Gallery:
     self._place = {(e.source, e.key): i for i, e in enumerate(bank)}
     self._bank = self.reconstructed(bank)
     config = self.config
-    self.settings = {
+    self.settings: dict[str, Any] = {
       "temperature": config.temperature,
       "top_k": config.top_k,
       "guidance": config.guidance,
@@ -90,6 +90,7 @@ class Gallery:
   ) -> list[Generated]:
     """Captions for the examples' pictures."""
     vocabulary = self.tokenizers.vocabulary
+    settings: dict[str, Any] = {**self.settings, "guidance": 1.0}
     return generate(
       self._model,
       self._params,
@@ -106,7 +107,7 @@ class Gallery:
       make="text",
       max_new_tokens=_CAPTION_TOKENS,
       num_samples=num_samples,
-      **(self.settings | {"guidance": 1.0}),
+      **settings,
     )
 
   def ranks(

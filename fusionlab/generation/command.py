@@ -22,7 +22,7 @@ from rich.progress import (
 from fusionlab.errors import UserError
 from fusionlab.generation.config import Request
 from fusionlab.generation.generate import Generated, generate
-from fusionlab.generation.prompts import Part, Prompt
+from fusionlab.generation.prompts import PARTS, Part, Prompt
 from fusionlab.train.checkpoint import find, load_model
 
 
@@ -175,5 +175,5 @@ def _write(
 
 def _said(prompt: Prompt) -> list[str]:
   """A prompt as texts, a picture by its file."""
-  parts: Sequence[Part] = [prompt] if isinstance(prompt, str) else prompt
+  parts: Sequence[Part] = [prompt] if isinstance(prompt, PARTS) else prompt
   return [p if isinstance(p, str) else f"<{p}>" for p in parts]

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from fusionlab.generation.sampler import (
   STOP,
   Processor,
   Sampler,
+  State,
 )
 from fusionlab.tokenizers import Tokenizers
 
@@ -84,8 +85,8 @@ def generate(
     model: as `fusionlab.load` returns it, like the next two.
     params: its parameters.
     tokenizers: its tokenizers.
-    prompts: one text, or several prompts, each a text, a sequence of texts and
-      pictures (see `prompts.encode`), or a list of ids.
+    prompts: one text or picture, or several prompts, each a text, a picture, a
+      sequence of them (see `prompts.encode`), or a list of ids.
     make: "auto" lets the model choose between text and pictures, "text" allows no
       picture, "image" makes one picture and ends.
     num_samples: continuations of each prompt.
@@ -152,45 +153,31 @@ def generate(
     state = sampler.begin(
       [starts[p] for p, _ in here], keys, max_new=max_new_tokens, length=length
     )
-    cut: dict[int, int] = {}  # row -> ids, where a stop string came
-    while True:
-      state = sampler.advance(state, _LOOK_EVERY)
-      tokens, lengths, finished = jax.device_get(
-        (state.tokens, state.length, state.finished)
-      )
-      finished = np.array(finished)
-      for row, (p, _) in enumerate(here):
-        written = tokens[row, shown_from[p] : lengths[row]]
-        if stop and row not in cut:
-          ids = _first_stop(written, stop, tokenizers)
-          if ids is not None:
-            cut[row], finished[row] = shown_from[p] + ids, STOP
-      if cut:
-        state = dataclasses.replace(state, finished=jnp.asarray(finished))
-      if on_progress is not None:
-        on_progress(first + int((finished != RUNNING).sum()), len(order))
-      if (finished != RUNNING).all():
-        break
+    written = _run(
+      sampler,
+      state,
+      [shown_from[p] for p, _ in here],
+      stop,
+      tokenizers,
+      lambda ended, first=first: (
+        on_progress and on_progress(first + ended, len(order))
+      ),
+    )
     ends = () if asked else (vocabulary.eos, *stop_ids)
-    ids = [
-      _without_end(tokens[row, : cut.get(row, lengths[row])].tolist(), ends)
-      for row in range(len(here))
-    ]
+    kept = [row.ids[:-1] if row.ids[-1] in ends else row.ids for row in written]
     shown = documents.decode(
-      [i[shown_from[p] :] for i, (p, _) in zip(ids, here, strict=True)],
+      [ids[shown_from[p] :] for ids, (p, _) in zip(kept, here, strict=True)],
       tokenizers,
     )
-    for row, (p, s) in enumerate(here):
-      parts = shown[row]
-      if row in cut:
+    for (p, s), ids, parts, row in zip(here, kept, shown, written, strict=True):
+      if row.cut:
         parts[-1] = _before(str(parts[-1]), stop)
-      finish = FINISH[finished[row]]
-      done.append(Generated(p, s, tuple(ids[row]), tuple(parts), finish))
+      done.append(Generated(p, s, tuple(ids), tuple(parts), row.finish))
   return done
 
 
 def _listed(prompts: Any) -> list[Any]:
-  if isinstance(prompts, str):
+  if isinstance(prompts, documents.PARTS):
     return [prompts]
   listed = list(prompts)
   if not listed:
@@ -199,7 +186,7 @@ def _listed(prompts: Any) -> list[Any]:
 
 
 def _ids(prompt: Any, tokenizers: Tokenizers) -> list[int]:
-  if not isinstance(prompt, str) and all(
+  if not isinstance(prompt, documents.PARTS) and all(
     isinstance(part, int | np.integer) for part in prompt
   ):
     return [int(i) for i in prompt]
@@ -219,8 +206,49 @@ def _row_length(model: Any, starts: list[list[int]], max_new: int) -> int:
   return min(-(-(longest + max_new) // _LENGTHS) * _LENGTHS, limit)
 
 
-def _without_end(ids: list[int], ends: Sequence[int]) -> list[int]:
-  return ids[:-1] if ids[-1] in ends else ids
+class _Row(NamedTuple):
+  """A finished row; `cut` where a stop string ended it."""
+
+  ids: list[int]
+  finish: str
+  cut: bool
+
+
+def _run(
+  sampler: Sampler,
+  state: State,
+  shown_from: Sequence[int],
+  stop: Sequence[str],
+  tokenizers: Tokenizers,
+  on_ended: Callable[[int], None],
+) -> list[_Row]:
+  """Runs rows until all have ended, looking at them now and then."""
+  cut: dict[int, int] = {}  # row -> ids, where a stop string came
+  while True:
+    state = sampler.advance(state, _LOOK_EVERY)
+    tokens, lengths, finished = jax.device_get(
+      (state.tokens, state.length, state.finished)
+    )
+    finished = np.array(finished)
+    for row, start in enumerate(shown_from):
+      if stop and row not in cut:
+        written = tokens[row, start : lengths[row]]
+        ids = _first_stop(written, stop, tokenizers)
+        if ids is not None:
+          cut[row], finished[row] = start + ids, STOP
+    if cut:
+      state = dataclasses.replace(state, finished=jnp.asarray(finished))
+    on_ended(int((finished != RUNNING).sum()))
+    if (finished != RUNNING).all():
+      break
+  return [
+    _Row(
+      tokens[row, : cut.get(row, lengths[row])].tolist(),
+      FINISH[finished[row]],
+      row in cut,
+    )
+    for row in range(len(finished))
+  ]
 
 
 def _first_stop(

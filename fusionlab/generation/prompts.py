@@ -13,15 +13,16 @@ from fusionlab.tokenizers import Tokenizers
 
 # A text, a picture's file, or a picture.
 Part: TypeAlias = str | Path | np.ndarray | Image.Image
-Prompt: TypeAlias = str | Sequence[Part]
+Prompt: TypeAlias = Part | Sequence[Part]
+PARTS = (str, Path, np.ndarray, Image.Image)
 
 
 def encode(prompt: Prompt, tokenizers: Tokenizers) -> list[int]:
   """Ids of the beginning of a document: `<bos>`, then the parts in order.
 
   Args:
-    prompt: a text, or texts and pictures in any order. A picture is a path, an
-      array uint8 [H, W, 3] or a PIL image; its middle square is taken.
+    prompt: a text or a picture, or several of them in any order. A picture is a
+      path, an array uint8 [H, W, 3] or a PIL image; its middle square is taken.
     tokenizers: of the model.
 
   Raises:
@@ -30,7 +31,7 @@ def encode(prompt: Prompt, tokenizers: Tokenizers) -> list[int]:
   vocabulary = tokenizers.vocabulary
   image = 1
   ids = [vocabulary.bos]
-  for part in [prompt] if isinstance(prompt, str) else prompt:
+  for part in [prompt] if isinstance(prompt, PARTS) else prompt:
     if isinstance(part, str):
       ids += tokenizers.text.encode(part)
       continue

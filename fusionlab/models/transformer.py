@@ -203,9 +203,10 @@ class Transformer(nn.Module):
       slot=jnp.where(real, position, capacity),
     )
     stream = self._enter(params["embed"], tokens, router)
+    block: Any = Block(c, parent=None)
     after, held = [], []
     for weights, kept in zip(params["layers"], cache, strict=True):
-      stream, changed = Block(c, parent=None).apply(
+      stream, changed = block.apply(
         {"params": weights, "cache": kept},
         stream,
         Context(router, visibility),
@@ -215,7 +216,9 @@ class Transformer(nn.Module):
       held.append(changed["cache"])
       after.append(stream)
     norm = RMSNorm(towers, c.dim, "final_norm", c.norm_eps, parent=None)
-    normalise = functools.partial(norm.apply, {"params": params["final_norm"]})
+    normalise: Any = functools.partial(
+      norm.apply, {"params": params["final_norm"]}
+    )
     chosen = []
     for i in layers:
       x = router.leave(after[i]) if stays_routed(towers) else after[i]

@@ -26,11 +26,10 @@ class NextTokenConfig:
   )
   word_dropout: float = option(
     0.0,
-    "largest rate of word dropout (Bowman et al. 2016, §3.1): in a document that"
-    " begins with text, input ids of other modalities are random ones of their"
-    " modality, at a rate drawn evenly up to this for the document, so that a"
-    " picture is predicted less from its own beginning and more from its"
-    " caption; targets stay",
+    "largest rate of word dropout (Bowman et al. 2016, §3.1): in each document"
+    " input ids of other modalities than text are random ones of their modality,"
+    " at a rate drawn evenly up to this, so that a picture is predicted less"
+    " from its own beginning and more from its caption; targets stay",
     minimum=0.0,
     maximum=1.0,
   )
@@ -116,14 +115,10 @@ class NextToken:
     # A row has fewer documents than positions.
     rate = jnp.take_along_axis(rate, segment - 1, axis=1, mode="clip")
     drop = jax.random.uniform(which, size.shape) < rate
-    # What stands behind a document's <bos> opens a block where it has no caption
-    # in front.
-    second = jnp.take_along_axis(
-      jnp.asarray(batch.tokens), batch.k_start + 1, axis=1, mode="clip"
+    drop &= modality > 0
+    return dataclasses.replace(
+      batch, tokens=jnp.where(drop, other, batch.tokens)
     )
-    captioned = (second[..., None] != jnp.array(vocabulary.begin[1:])).all(-1)
-    drop &= (modality > 0) & captioned
-    return batch.replace(tokens=jnp.where(drop, other, batch.tokens))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

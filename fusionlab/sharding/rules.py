@@ -143,7 +143,7 @@ def replicated_beside(params: Any) -> Sharding:
   """The sharding that keeps a whole copy on every device that has parameters."""
   sharding = jax.tree.leaves(params)[0].sharding
   if isinstance(sharding, NamedSharding):
-    return replicated(sharding.mesh)
+    return NamedSharding(sharding.mesh, PartitionSpec())
   return sharding
 
 

@@ -135,6 +135,8 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
   """Builds clip → Adam or Muon → decoupled decay → rate.
 
+  With Muon the parameters that are no matrices get Adam with Nesterov momentum.
+
   Args:
     config: `config.optimizer`.
     schedule: see `make_schedule`; `update` takes `step=` as an extra argument.

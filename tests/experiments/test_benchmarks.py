@@ -87,6 +87,14 @@ def test_attention_is_measured_by_implementation():
   }
 
 
+def test_generation_is_measured_against_recomputing():
+  found = result(
+    "generation", "--shapes=2x192", "--dim=32", "--layers=1"
+  )  # fmt: skip
+  assert set(found["cases"]) == {"cached 2x192", "recomputed 2x192"}
+  assert found["cases"]["cached 2x192"]["over_recomputed"]["median"] > 0
+
+
 def test_train_step_compares_configs(tmp_path):
   """Each with its own overrides, on data through the loader."""
   file = tmp_path / "small.py"
@@ -108,6 +116,7 @@ def test_train_step_compares_configs(tmp_path):
     ("train_step", ["--compare", "--config=a.py"], "two or more"),
     ("train_step", ["--repeats=0"], "repeats"),
     ("routed_step", ["--variants=mot,fnf"], "did you mean 'ffn'?"),
+    ("generation", ["--shapes=2x16"], "rows of 16 are too short"),
     ("attention", ["--shapes=2x3"], "'2x3' must be like 2x1024x8x64"),
   ],
 )

@@ -1,7 +1,10 @@
 """The command line: every mistake is one line that says what to do."""
 
+import hashlib
+import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -47,6 +50,13 @@ def mistake(*words: str) -> str:
     ([MOT, "--mode=trian"], ["--mode=trian", "'train'"]),
     ([MOT, "--wrkdir=x"], ["wrkdir", "workdir"]),
     (["--mode=evaluate"], ["--workdir"]),
+    (["--mode=generate", "--prompt=a"], ["--workdir"]),
+    ([MOT, "--prompt=a"], ["--prompt is for --mode=generate", "train"]),
+    (
+      [MOT, "--mode=generate", "--prompt_file=no.txt"],
+      ["cannot read", "no.txt"],
+    ),
+    ([MOT, "--mode=generate", "--top_k=few"], ["top_k", "few"]),
     (["--config.model.dim=3"], ["none is given", MOT]),
     (["--config.model.dim=3", MOT], ["before"]),
     ([MOT, "--config.model.dmi=3"], ["config.model.dmi", "'dim'"]),
@@ -152,6 +162,29 @@ def test_another_model_kind_brings_its_own_defaults():
 def test_evaluate_needs_only_a_workdir():
   found = options("--mode=evaluate", "--workdir=runs/a")
   assert found.experiment is None
+
+
+def test_a_request_is_read_from_its_flags(tmp_path):
+  """Prompts of the command line and of a file, and every setting."""
+  (tmp_path / "prompts.txt").write_text("two\n\nthree\n")
+  found = options(
+    "--mode=generate",
+    "--workdir=w",
+    "--prompt=one",
+    f"--prompt_file={tmp_path / 'prompts.txt'}",
+    "--image=a.png",
+    "--make=image",
+    "--num_samples=3",
+    "--guidance=2",
+    "--stop=.",
+    "--out=there",
+  )
+  request = found.request
+  assert request is not None and found.experiment is None
+  assert request.prompts == ("one", "two", "three")
+  assert request.images == ("a.png",) and request.out == "there"
+  settings = {"make": "image", "num_samples": 3, "guidance": 2.0, "stop": ["."]}
+  assert settings.items() <= request.settings.items()
 
 
 def test_a_config_file_may_leave_keys_out(tmp_path):
@@ -316,3 +349,82 @@ def test_summary_of_a_large_size_runs_where_it_could_not_train():
   done = command(f"{MOT}:7b", "--mode=summary")
   assert done.returncode == 0, done.stderr
   assert "13,489,430,528" in done.stdout or "13.49" in done.stdout
+
+
+CHECKPOINT = ROOT / "tests" / "train" / "fixtures" / "checkpoint_v1"
+
+
+def test_generate_writes_what_the_checkpoint_makes(tmp_path):
+  """A picture and a text from the checkpoint of the first version."""
+  done = subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "experiments.run",
+      "--mode=generate",
+      f"--workdir={CHECKPOINT}",
+      "--prompt=a",
+      "--max_new_tokens=8",
+      f"--out={tmp_path / 'out'}",
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  assert f"written: {tmp_path / 'out'}" in done.stdout.replace("\n", "")
+  assert (tmp_path / "out" / "generated.txt").read_text().startswith("000_0  a")
+
+
+def refused(tmp_path, capsys, *words):
+  """What a mistake prints; nothing is written."""
+  found = options("--mode=generate", f"--out={tmp_path / 'out'}", *words)
+  assert run.guarded(lambda: run.run(found)) == 2
+  assert not (tmp_path / "out").exists()
+  (line,) = capsys.readouterr().err.strip().splitlines()
+  return line
+
+
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    (["--prompt=a", "--workdir=no/such"], "no/such does not exist"),
+    (["--prompt=a", "--workdir=docs"], "docs has no complete checkpoint"),
+    ([f"--workdir={CHECKPOINT}"], "needs --prompt, --image or --prompt_file"),
+    (
+      [f"--workdir={CHECKPOINT}", "--prompt=" + "long " * 300],
+      "tokens; the model was trained on rows of",
+    ),
+    (
+      [f"--workdir={CHECKPOINT}", "--image=README.md"],
+      "README.md is not a picture",
+    ),
+    (
+      [f"--workdir={CHECKPOINT}", "--prompt=a", "--make=imge"],
+      "did you mean 'image'",
+    ),
+    (
+      [f"--workdir={CHECKPOINT}", "--prompt=a", "--temperature=-1"],
+      "temperature",
+    ),
+  ],
+)
+def test_generation_that_cannot_be_is_one_line(tmp_path, capsys, words, said):
+  assert said in refused(tmp_path, capsys, *words)
+
+
+def test_a_checkpoint_of_another_version_is_named(tmp_path, capsys):
+  other = tmp_path / "run" / "checkpoints" / "3"
+  shutil.copytree(CHECKPOINT, other)
+  meta = json.loads((other / "meta.json").read_text())
+  (other / "meta.json").write_text(json.dumps({**meta, "format": 99}))
+  sums = json.loads((other / "checksums.json").read_text())
+  digest = hashlib.sha256((other / "meta.json").read_bytes()).hexdigest()
+  sums["sha256"]["meta.json"] = digest
+  (other / "checksums.json").write_text(json.dumps(sums))
+  line = refused(
+    tmp_path, capsys, "--prompt=a", f"--workdir={tmp_path / 'run'}"
+  )
+  assert "checkpoint format 99" in line and "reads format" in line

@@ -133,6 +133,14 @@ def test_stop_strings_end_a_text_and_are_cut_off(trio):
   assert whole.ids[: len(cut.ids)] == cut.ids
 
 
+def test_a_picture_is_a_prompt_of_its_own(trio, picture, tmp_path):
+  Image.fromarray(picture).save(tmp_path / "a.png")
+  options = {"make": "text", "max_new_tokens": 3}
+  one = generate(*trio, picture, **options)
+  three = generate(*trio, [tmp_path / "a.png", picture, [picture]], **options)
+  assert [r.ids for r in three] == [one[0].ids] * 3
+
+
 def test_progress_reaches_the_end(trio):
   seen = []
   generate(

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fusionlab.batch import Vocabulary
+from fusionlab.batch import Vocabulary, batch_of_ids
 from fusionlab.models import build_model
 from fusionlab.models.mixture_of_transformers import (
   MixtureOfTransformersConfig,
 )
 from fusionlab.objectives import build_objective
 from fusionlab.objectives.metrics import Mean
-from fusionlab.objectives.next_token import NextTokenConfig
+from fusionlab.objectives.next_token import NextToken, NextTokenConfig
 from fusionlab.testing.batches import random_batch
 
 VOCABULARY = Vocabulary(("text", "image"), (30, 20))
@@ -119,3 +119,37 @@ def test_means_add_and_an_empty_one_is_nan():
   b = Mean(jnp.float32(1.0), jnp.float32(5.0))
   assert (a + b).value() == 1.0
   assert np.isnan(Mean(jnp.float32(0.0), jnp.float32(0.0)).value())
+
+
+def test_word_dropout_replaces_codes_by_codes():
+  """At a rate of each document; texts stay."""
+  rng = np.random.default_rng(0)
+  code = lambda: rng.integers(30, 50, 400).tolist()  # noqa: E731
+  captioned = [[1, 7, 8, 3, *code(), 4, 2] for _ in range(6)]
+  pictures_first = [1, 3, *code(), 4, 9, 2]
+  batch = batch_of_ids([*captioned, pictures_first], VOCABULARY, towers=(0, 1))
+  objective = NextToken(NextTokenConfig(word_dropout=1.0), VOCABULARY, BYTES)
+  tokens = np.asarray(objective._drop_words(batch, jax.random.key(0)).tokens)
+  before = np.asarray(batch.tokens)
+  text = before < 30
+  np.testing.assert_array_equal(tokens[text], before[text])
+  assert ((tokens >= 30) == ~text).all()
+  rates = ((tokens != before) & ~text).sum(1) / 400
+  assert rates.min() < 0.4 < 0.6 < rates.max()
+
+
+def test_word_dropout_acts_in_training_alone():
+  model, params, batch = _setup()
+  key = jax.random.key(0)
+  plain, dropped = (
+    build_objective(NextTokenConfig(word_dropout=p), VOCABULARY, BYTES)
+    for p in (0.0, 1.0)
+  )
+
+  def loss(objective, **options):
+    return float(objective(model, params, batch, **options)["loss"].value())
+
+  expected = loss(plain, train=True, dropout_key=key)
+  assert loss(dropped, train=False) == expected
+  assert loss(dropped, train=True) == expected
+  assert loss(dropped, train=True, dropout_key=key) != expected

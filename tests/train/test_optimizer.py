@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from fusionlab.errors import ConfigError
+from fusionlab.sharding import rules
+from fusionlab.sharding.mesh import MeshConfig, make_mesh
 from fusionlab.train.config import OptimizerConfig
 from fusionlab.train.optimizer import (
   decay_mask,
@@ -15,6 +17,7 @@ from fusionlab.train.optimizer import (
   make_schedule,
   named_leaves,
 )
+from fusionlab.train.state import abstract_state, state_shardings
 
 BASE = OptimizerConfig(
   learning_rate=1.0, warmup_steps=10, final_fraction=0.1, schedule="cosine"
@@ -131,3 +134,78 @@ def test_bad_pattern_is_the_users_error():
   config = dataclasses.replace(BASE, no_decay="(norm")
   with pytest.raises(ConfigError, match=r"no_decay='\(norm'.*\(norm\|bias\)"):
     make_optimizer(config, make_schedule(config, 10))
+
+
+MUON = dataclasses.replace(
+  BASE, kind="muon", weight_decay=0.0, warmup_steps=0, clip_norm=0.0
+)
+# A projection of two layers, one to the width, a table and a norm.
+AXES = {
+  "layers": {
+    "q": ("layers", "embed", "heads", "head_dim"),
+    "o": ("layers", "heads", "head_dim", "embed"),
+    "scale": ("layers", "norm"),
+  },
+  "embed": ("vocab", "embed"),
+}
+SHAPES = {
+  "layers": {"q": (2, 12, 2, 4), "o": (2, 2, 4, 12), "scale": (2, 12)},
+  "embed": (7, 12),
+}
+
+
+def drawn(seed):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
+    SHAPES,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+
+
+def muon_update():
+  optimizer = make_optimizer(MUON, make_schedule(MUON, 100), axes=AXES)
+  parameters = drawn(0)
+  updates, state = optimizer.update(
+    drawn(1), optimizer.init(parameters), parameters, step=jnp.int32(0)
+  )
+  return updates, state, optimizer
+
+
+def test_muon_makes_each_layers_matrices_orthogonal():
+  """Singular values near 0.2 sqrt(12), as AdamW's root mean square of 0.2."""
+  updates, _, _ = muon_update()
+  q = np.asarray(updates["layers"]["q"]).reshape(2, 12, 8)
+  o = np.asarray(updates["layers"]["o"]).reshape(2, 8, 12)
+  for matrix in (*q, *o):
+    values = np.linalg.svd(matrix, compute_uv=False) / (0.2 * 12**0.5)
+    assert (values > 0.6).all() and (values < 1.3).all()
+
+
+def test_muon_leaves_tables_and_norms_to_adam():
+  updates, _, _ = muon_update()
+  grads = drawn(1)
+  for update, g in (
+    (updates["embed"], grads["embed"]),
+    (updates["layers"]["scale"], grads["layers"]["scale"]),
+  ):
+    # With Nesterov's momentum the first step is longer than 1.
+    first = (0.9 * 0.1 / (1 - 0.9**2) + 0.1 / (1 - 0.9)) / 1.0
+    np.testing.assert_allclose(update, -first * np.sign(g), rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", [BASE, MUON], ids=["adamw", "muon"])
+def test_moments_lie_where_their_parameters_do(config):
+  """Every array of a parameter's shape has its sharding, counters are whole."""
+  optimizer = make_optimizer(config, make_schedule(config, 100), axes=AXES)
+  abstract = abstract_state(lambda key: drawn(0), optimizer)
+  mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+  one = rules.replicated(mesh)
+  theirs = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None))
+  params = jax.tree.map(lambda leaf: theirs, abstract.params)
+  found = state_shardings(abstract, params, one).opt_state
+  for leaf, sharding in zip(
+    jax.tree.leaves(abstract.opt_state), jax.tree.leaves(found), strict=True
+  ):
+    belongs = leaf.shape in {p.shape for p in jax.tree.leaves(drawn(0))}
+    assert (sharding.spec != one.spec) == belongs

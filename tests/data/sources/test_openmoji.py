@@ -28,12 +28,12 @@ def image_of(example: Example) -> np.ndarray:
 @pytest.mark.parametrize(
   ("split", "style", "count"),
   [
-    ("train", "color", 1513),
-    ("train", "line", 1399),
+    ("train", "color", 1436),
+    ("train", "line", 1317),
     ("heldout_picture", "color", 97),
     ("heldout_picture", "line", 93),
-    ("heldout_style", "color", 27),
-    ("heldout_style", "line", 30),
+    ("heldout_style", "color", 104),
+    ("heldout_style", "line", 112),
   ],
 )
 def test_counts(openmoji, split, style, count):
@@ -223,10 +223,22 @@ def test_the_same_twice():
     assert np.array_equal(image_of(new), image_of(old))
 
 
+def test_a_version_takes_the_emoji_up_to_it():
+  """Those of 0.6, which have no gendered variants; another fingerprint."""
+  every = load_source("o", SourceConfig(kind="openmoji"))
+  first = load_source("o", SourceConfig(kind="openmoji", path="0.6"))
+  assert first.fingerprint() != every.fingerprint()
+  old, new = ({e.text for e in s._listed()} for s in (first, every))
+  assert old < new
+  assert 600 < len(old) < 720
+  assert "🍎" in old and "🦥" not in old
+
+
 @pytest.mark.smoke
-def test_unknown_path_is_refused_with_the_nearest():
-  with pytest.raises(UserError, match="did you mean 'skin_tones'"):
-    load_source("o", SourceConfig(kind="openmoji", path="skintones"))
+@pytest.mark.parametrize("path", ["skintones", "0.6.1", "-1"])
+def test_unknown_path_is_refused_with_the_nearest(path):
+  with pytest.raises(UserError, match="knows '', 'skin_tones' and Emoji"):
+    load_source("o", SourceConfig(kind="openmoji", path=path))
 
 
 @pytest.mark.smoke
