@@ -35,6 +35,7 @@ from ml_collections import ConfigDict
 from fusionlab.config import to_mapping
 from fusionlab.data.config import DataConfig, SourceConfig
 from fusionlab.errors import UserError, nearest
+from fusionlab.evaluate.config import EvaluateConfig
 from fusionlab.experiment import Experiment
 from fusionlab.models.mixture_of_transformers import (
   SIZES,
@@ -83,9 +84,9 @@ def _tiny() -> Experiment:
     data=DataConfig(
       sources={**_SOURCES, "openmoji": emoji, "factbook": factbook},
       row_length=384,  # five pictures with their captions
-      image_first=0.2,
+      image_first=0.15,
       caption_drop=0.05,
-      first_caption=0.9,
+      first_caption=0.95,
     ),
     optimizer=OptimizerConfig(
       kind="muon",
@@ -96,7 +97,8 @@ def _tiny() -> Experiment:
       final_fraction=0.02,
       b2=0.98,
     ),
-    train=TrainConfig(batch_size=6, num_steps=800, max_seconds=450.0),
+    train=TrainConfig(batch_size=5, num_steps=850, max_seconds=450.0),
+    evaluate=EvaluateConfig(guidance=2.0),
   )
 
 

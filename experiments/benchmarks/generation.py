@@ -96,7 +96,7 @@ def calls(
 
   @jax.jit
   def recompute(params, batch):
-    hidden = model.apply({"params": params}, batch)
+    hidden: Any = model.apply({"params": params}, batch)
     last = jnp.take_along_axis(
       hidden, jnp.full((rows, 1, 1), len(prompt) - 1), axis=1
     )

@@ -126,6 +126,8 @@ def generate(
   starts = [_ids(p, tokenizers) for p in _listed(prompts)]
   shown_from = [len(ids) for ids in starts]
   may_open: tuple[int, ...] = ()
+  if make == vocabulary.modalities[0]:
+    settings = dataclasses.replace(settings, guidance=1.0)  # of pictures only
   if make == "auto":
     may_open = tuple(range(1, len(vocabulary.modalities)))
   if asked:
