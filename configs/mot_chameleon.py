@@ -77,16 +77,17 @@ def _tiny() -> Experiment:
   # Few pictures seen often, captions in front of most of them: eight minutes teach
   # what a caption means for some 1,400 pictures, and little about 3,100.
   emoji = dataclasses.replace(_SOURCES["openmoji"], path="0.6")
-  factbook = dataclasses.replace(_SOURCES["factbook"], weight=0.1)
+  flags = dataclasses.replace(_SOURCES["flags"], weight=2.0)
+  factbook = dataclasses.replace(_SOURCES["factbook"], weight=0.06)
   return Experiment(
     model=MixtureOfTransformersConfig(dim=192, num_layers=4, num_heads=6),
     objective=NextTokenConfig(word_dropout=1.0),
     data=DataConfig(
-      sources={**_SOURCES, "openmoji": emoji, "factbook": factbook},
+      sources={"openmoji": emoji, "flags": flags, "factbook": factbook},
       row_length=384,  # five pictures with their captions
-      image_first=0.15,
+      image_first=0.1,
       caption_drop=0.05,
-      first_caption=0.95,
+      first_caption=1.0,
     ),
     optimizer=OptimizerConfig(
       kind="muon",
@@ -97,7 +98,7 @@ def _tiny() -> Experiment:
       final_fraction=0.02,
       b2=0.98,
     ),
-    train=TrainConfig(batch_size=5, num_steps=850, max_seconds=450.0),
+    train=TrainConfig(batch_size=5, num_steps=950, max_seconds=480.0),
     evaluate=EvaluateConfig(guidance=2.0),
   )
 
