@@ -126,6 +126,6 @@ def test_snippets_run_from_the_installed_wheel(wheel, tmp_path, page):
   code += f"\nprint(fusionlab.__file__, {SNIPPETS[page]})\n"
   (tmp_path / "snippet.py").write_text(code)
   said = run(python, "snippet.py", cwd=tmp_path)
-  file, number = said.split("\n")[-1].split()
+  file, number = said.splitlines()[-1].split()
   assert pathlib.Path(file).is_relative_to(environment)
   assert 0.0 <= float(number) < 20.0

@@ -18,12 +18,14 @@ class ParameterCount:
     total: all of them.
     active: those that one token uses (its own tower's and the shared ones).
     embedding: input and output tables, in `total` and `active`.
+    norms: scales and biases of all norms, in `total`.
     per_tower: tower name -> parameters of its own; "shared" -> the rest.
   """
 
   total: int
   active: int
   embedding: int
+  norms: int
   per_tower: dict[str, int]
 
 
@@ -51,7 +53,7 @@ def count(config: TransformerConfig, vocab_size: int) -> ParameterCount:
   leaves = jax.tree.leaves_with_path(abstract_params(model))
   towers = config.routed_towers.names
   per_tower = dict.fromkeys(("shared", *towers), 0)
-  embedding = 0
+  embedding = norms = 0
   for path, leaf in leaves:
     parts = path_name(path).split("/")
     size = math.prod(leaf.shape)
@@ -59,10 +61,13 @@ def count(config: TransformerConfig, vocab_size: int) -> ParameterCount:
     per_tower[tower] += size
     if parts[-1] in ("embed", "unembed"):
       embedding += size
+    elif parts[-1].endswith(("scale", "bias")):
+      norms += size
   own = [n for tower, n in per_tower.items() if tower != "shared"]
   return ParameterCount(
     total=sum(per_tower.values()),
     active=per_tower["shared"] + max(own, default=0),
     embedding=embedding,
+    norms=norms,
     per_tower=per_tower,
   )

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fusionlab.analysis import parameters
+from fusionlab.analysis.parameters import ParameterCount
 from fusionlab.experiment import Experiment
 from fusionlab.sharding.mesh import AXES
 from fusionlab.tokenizers import load_tokenizers
@@ -61,7 +62,7 @@ def render(experiment: Experiment) -> str:
   every = mesh.preset != "cpu" and not mesh.fsdp
   memory.add_column("bytes of all devices" if every else "bytes per device")
   memory.add_column("MiB", justify="right")
-  for name, number in state_bytes(experiment, counts.total).items():
+  for name, number in state_bytes(experiment, counts).items():
     memory.add_row(name, f"{number / 2**20:,.1f}")
   shape = " x ".join(f"{axis} {getattr(mesh, axis) or 1}" for axis in AXES)
   memory.caption = f"mesh {shape}; activations are not counted"
@@ -75,15 +76,25 @@ def render(experiment: Experiment) -> str:
   return capture.get()
 
 
-def state_bytes(experiment: Experiment, total: int) -> dict[str, float]:
+def state_bytes(
+  experiment: Experiment, counts: ParameterCount
+) -> dict[str, float]:
   """Bytes of the training state on one device, float32, split over `fsdp`.
 
   Args:
     experiment: its mesh and optimizer.
-    total: number of parameters.
+    counts: numbers of parameters.
   """
-  share = 4 * total / max(1, experiment.mesh.fsdp)
-  parts = {"parameters": share, "gradients": share, "AdamW moments": 2 * share}
+  each = 4 / max(1, experiment.mesh.fsdp)
+  share, moments = each * counts.total, 2 * each * counts.total
+  if experiment.optimizer.kind == "muon":
+    # One moment of a layer's matrix, two of what Adam keeps.
+    moments -= each * (counts.total - counts.embedding - counts.norms)
+  parts = {
+    "parameters": share,
+    "gradients": share,
+    "optimizer's moments": moments,
+  }
   if experiment.optimizer.ema_decay:
     parts["moving average"] = share
   parts["sum"] = math.fsum(parts.values())

@@ -112,7 +112,9 @@ def run(
     shutil.rmtree(partial, ignore_errors=True)
     raise
   console.print(shown, markup=False, highlight=False, soft_wrap=True)
-  console.print(f"written: {folder}", markup=False, highlight=False)
+  console.print(
+    f"written: {folder}", markup=False, highlight=False, soft_wrap=True
+  )
   return folder
 
 

@@ -2,15 +2,20 @@
 
 import dataclasses
 
+import jax
 import pytest
 
 from configs.mot_chameleon import get_config
 from fusionlab.analysis import parameters, summary
 from fusionlab.analysis.devices import peak_flops
+from fusionlab.batch import Vocabulary
 from fusionlab.experiment import Experiment
+from fusionlab.models import build_model
 from fusionlab.models.mixture_of_transformers import (
   MixtureOfTransformersConfig,
 )
+from fusionlab.train.config import OptimizerConfig
+from fusionlab.train.optimizer import make_optimizer, make_schedule
 
 
 @dataclasses.dataclass
@@ -75,10 +80,32 @@ def test_summary_names_every_number():
   text = summary.render(experiment)
   for number in (counts.total, counts.active, *counts.per_tower.values()):
     assert f"{number:,}" in text
-  forward = experiment.model.forward_flops_per_token(4096, 512)
+  row = experiment.data.row_length
+  forward = experiment.model.forward_flops_per_token(4096, row)
   assert f"{forward / 1e6:,.1f}" in text
-  # float32 parameters, gradients and two moments over four devices.
-  assert f"{16 * counts.total / 4 / 2**20:,.1f}" in text
   assert "bytes per device" in text
+  adam = dataclasses.replace(
+    experiment, optimizer=OptimizerConfig(kind="adamw")
+  )
+  # float32 parameters, gradients and two moments over four devices.
+  assert f"{16 * counts.total / 4 / 2**20:,.1f}" in summary.render(adam)
   whole = Experiment.from_mapping(mapping | {"mesh": {"preset": "gpu"}})
   assert "bytes of all devices" in summary.render(whole)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_moments_are_counted_as_the_optimizer_keeps_them(kind):
+  """Bytes of what optax's state holds of the parameters."""
+  experiment = Experiment.from_mapping(get_config().to_dict())
+  config = dataclasses.replace(experiment.optimizer, kind=kind)
+  experiment = dataclasses.replace(experiment, optimizer=config)
+  vocabulary = Vocabulary(("text", "image"), (3584, 512))
+  model = build_model(experiment.model, vocabulary)
+  optimizer = make_optimizer(
+    config, make_schedule(config, 10), axes=model.param_axes()
+  )
+  state = jax.eval_shape(optimizer.init, parameters.abstract_params(model))
+  held = sum(4 * x.size for x in jax.tree.leaves(state) if x.size > 16)
+  counts = parameters.count(experiment.model, 4096)
+  said = summary.state_bytes(experiment, counts)["optimizer's moments"]
+  assert said == pytest.approx(held, rel=1e-5)

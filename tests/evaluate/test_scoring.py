@@ -16,17 +16,17 @@ from tests.train import fakes
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-  """A run on forty pictures of 4 x 4 pixels, finished, scored and reported."""
+  """A run on sixty pictures of 4 x 4 pixels, finished, scored and reported."""
   folder = tmp_path_factory.mktemp("scoring")
   rng = np.random.default_rng(0)
   (folder / "pictures").mkdir()
-  for n in range(40):
+  for n in range(60):
     picture = rng.integers(0, 255, (6, 4, 3), np.uint8)
     Image.fromarray(picture).save(folder / "pictures" / f"{n}.png")
     (folder / "pictures" / f"{n}.txt").write_text(f"no {n}")
   experiment = fakes.experiment_of(folder, train__num_steps=2)
   source = SourceConfig(
-    kind="image_folder", path=str(folder / "pictures"), heldout=0.3
+    kind="image_folder", path=str(folder / "pictures"), heldout=0.4
   )
   data = dataclasses.replace(
     experiment.data,
@@ -64,7 +64,7 @@ def test_a_finished_run_is_scored(workdir):
       assert low <= result["metrics"][metric] <= high
       assert result["counts"][metric] == (6 if "to_" in name else 8)
     assert result["chance"][f"eval/{split}/caption_to_image/top1"] == 1 / 6
-    assert result["chance"][f"eval/{split}/own_picture/top1"] == 1 / 40
+    assert result["chance"][f"eval/{split}/own_picture/top1"] == 1 / 60
   assert result["metrics"]["eval/bits_per_byte/text"] > 0
   assert result["step"] == 2
 
@@ -73,7 +73,7 @@ def test_its_samples_are_files(workdir):
   """Grid, descriptions and extremes name pictures that are there."""
   samples = workdir[0] / "samples"
   said = json.loads((samples / "samples.json").read_text())
-  assert said["bank"] == 40 and said["settings"]["guidance"] == 2.0
+  assert said["bank"] == 60 and said["settings"]["guidance"] == 2.0
   row = said["grids"]["train"][1]
   assert row["caption"].startswith("no ") and len(row["ranks"]) == 2
   number = row["caption"].removeprefix("no ")

@@ -148,6 +148,7 @@ def bytes_of_branches(compiled):
   return np.sum([[size[name] for name in each] for each in branches], axis=0)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_a_step_reads_only_the_towers_that_occur():
   """Branches: text alone, image alone, both. One tower is the dense model's bytes."""
   sizes = {"dim": 128, "ffn_dim": 512}
