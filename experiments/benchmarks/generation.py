@@ -4,7 +4,7 @@ r"""Tokens per second of generation, with the cache and by recomputing every row
   python -m experiments.benchmarks.generation --shapes=1x512,64x256 --kind=dense
 
 One process, in turns; a ratio is over the cached step in the same round. Rows are
-full but for the ids that are made, half of them codes. Recomputing runs the whole
+full but for the picture that is made, half of them codes. Recomputing runs the whole
 padded row for every id, as a model without a cache does.
 """
 
@@ -67,11 +67,13 @@ def calls(
   )
   model = build_model(config, _VOCABULARY)
   params = jax.jit(model.init_params)(jax.random.key(seed))
-  # A document of texts and pictures that ends inside of a picture.
+  # Texts and pictures in turns, and then a picture that is only opened.
   block = [3, *range(3584, 3584 + _CODES), 4]
-  filled = [1, *([7] * (_CODES + 2) + block) * length][: length - _NEW - 1]
-  whole = len(filled) - len(filled) % len(block)
-  prompt = [*filled[: max(1, whole - len(block))], 3]
+  turn = [*[7] * len(block), *block]
+  room = length - len(block) - 1  # for what stands between <bos> and that one
+  turns = room // len(turn)
+  text = [7] * (room - turns * len(turn))
+  prompt = [1, *turn * turns, *text, 3]
   sampler = Sampler(
     model,
     params,
