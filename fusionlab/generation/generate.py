@@ -87,8 +87,8 @@ def generate(
     tokenizers: its tokenizers.
     prompts: one text or picture, or several prompts, each a text, a picture, a
       sequence of them (see `prompts.encode`), or a list of ids.
-    make: "auto" lets the model choose between text and pictures, "text" allows no
-      picture, "image" makes one picture and ends.
+    make: "auto" lets the model choose between text and pictures, "text" writes at
+      least one id of text and no picture, "image" makes one picture and ends.
     num_samples: continuations of each prompt.
     max_new_tokens: ids that a continuation may get; rows end at the length the
       model was trained on.
@@ -142,6 +142,7 @@ def generate(
     sampling=settings,
     may_open=may_open,
     stop_ids=stop_ids,
+    min_new=int(make == vocabulary.modalities[0]),
     processors=processors,
   )
   order = [(p, s) for p in range(len(starts)) for s in range(num_samples)]

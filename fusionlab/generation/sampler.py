@@ -42,6 +42,7 @@ class State:
   Attributes:
     tokens: ids, prompt first; 0 behind them.
     length: how many ids.
+    prompt: how many of them were the prompt.
     limit: ids at which a row is full, at most S.
     finished: `RUNNING`, or an index of `FINISH`.
     keys: random stream of each row.
@@ -51,6 +52,7 @@ class State:
 
   tokens: Int[Array, "B S"]
   length: Int[Array, " B"]
+  prompt: Int[Array, " B"]
   limit: Int[Array, " B"]
   finished: Int[Array, " B"]
   keys: Key[Array, " B"]
@@ -108,6 +110,7 @@ class _Program:
   sampling: Sampling
   may_open: tuple[int, ...]
   stop_ids: tuple[int, ...]
+  min_new: int
   processors: tuple[Processor, ...]
 
 
@@ -123,6 +126,7 @@ class Sampler:
     sampling: Sampling,
     may_open: Sequence[int] = (),
     stop_ids: Sequence[int] = (),
+    min_new: int = 0,
     processors: Sequence[Processor] = (),
   ):
     """Prepares the parameters; compiles nothing.
@@ -134,6 +138,7 @@ class Sampler:
       sampling: how the next one is drawn.
       may_open: modalities of which text may open a block.
       stop_ids: ids that end a row, besides `<eos>`; they stay in it.
+      min_new: ids that a row gets before `<eos>` may follow.
       processors: change the logits before the rules of `blocks`.
     """
     self._params = _prepared(model, params)
@@ -144,6 +149,7 @@ class Sampler:
       structure(sampling),
       tuple(may_open),
       tuple(stop_ids),
+      min_new,
       tuple(processors),
     )
 
@@ -208,6 +214,7 @@ class Sampler:
     state = State(
       tokens=jnp.asarray(tokens),
       length=jnp.asarray(lengths),
+      prompt=jnp.asarray(lengths),
       limit=jnp.asarray(limit),
       finished=jnp.zeros(count, jnp.int32),
       keys=keys,
@@ -318,6 +325,10 @@ def _step(
   if sampling.repetition_penalty != 1:
     occurred = _occurred(tokens, length, blocks.vocabulary.ends[0], logits)
     logits = penalise(logits, occurred, values["repetition_penalty"])
+  if program.min_new:
+    soon = length - state.prompt < program.min_new
+    eos = jnp.arange(logits.shape[1]) == blocks.vocabulary.eos
+    logits = jnp.where(soon[:, None] & eos, -jnp.inf, logits)
   for processor in program.processors:
     logits = processor(logits, state)
   logits = blocks.restrict(

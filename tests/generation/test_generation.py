@@ -86,6 +86,19 @@ def test_a_sample_is_its_prompts_and_seeds_alone(trio):
   assert one[0].ids == many[1].ids != other[0].ids
 
 
+def test_text_that_was_asked_for_is_not_empty(trio):
+  """Though <eos> is by far the likeliest, it is not the first id."""
+  v = trio[2].vocabulary
+
+  def end(logits, state):
+    return logits.at[:, v.eos].add(1e3)
+
+  text = generate(*trio, "a", make="text", processors=[end])[0]
+  auto = generate(*trio, "a", processors=[end])[0]
+  assert len(text.ids) == len(auto.ids) + 1
+  assert text.finish == auto.finish == "eos" and auto.parts == ()
+
+
 def test_text_has_no_picture_and_auto_may(trio):
   text = generate(*trio, "a", make="text", num_samples=4, temperature=1.0)
   assert all(not r.pictures for r in text)
