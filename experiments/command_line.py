@@ -13,14 +13,14 @@ import inspect
 import os
 import re
 import runpy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from ml_collections import config_dict, config_flags
 
 from experiments import generation_flags
-from fusionlab.config import flatten, to_mapping
+from fusionlab.config import flatten, from_mapping, to_mapping
 from fusionlab.errors import ConfigError, UserError, nearest
 
 if TYPE_CHECKING:
@@ -65,6 +65,21 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     values: where the flags live.
     argv: the whole command line; config_flags takes the overrides from it.
   """
+  define_config(values, argv, _experiment)
+  flags.DEFINE_string("mode", "train", " | ".join(MODES), flag_values=values)
+  generation_flags.define(values)
+
+
+def define_config(
+  values: flags.FlagValues, argv: Sequence[str], schema: Callable[[], type]
+) -> None:
+  """Declares `--config`, `--workdir` and `--debug`.
+
+  Args:
+    values: where the flags live.
+    argv: the whole command line; config_flags takes the overrides from it.
+    schema: returns the dataclass that the config file describes.
+  """
   config_flags.DEFINE_config_file(
     "config",
     None,
@@ -72,18 +87,22 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flag_values=values,
     sys_argv=list(argv),
   )
-  values["config"].parser = _ConfigFile(argv)
+  values["config"].parser = _ConfigFile(argv, schema)
   flags.DEFINE_string(
     "workdir",
     None,
     "folder of the run (default runs/<config>); the same one again resumes",
     flag_values=values,
   )
-  flags.DEFINE_string("mode", "train", " | ".join(MODES), flag_values=values)
-  generation_flags.define(values)
   flags.DEFINE_bool(
     "debug", False, "show the traceback of an error", flag_values=values
   )
+
+
+def _experiment() -> type:
+  from fusionlab.experiment import Experiment
+
+  return Experiment
 
 
 def parse(values: flags.FlagValues, argv: Sequence[str]) -> Options:
@@ -95,6 +114,38 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> Options:
 
   Raises:
     UserError: anything misspelt, ill-typed, out of range or missing.
+  """
+  config, workdir = parse_config(values, argv)
+  mode = str(values["mode"].value)
+  if mode not in MODES:
+    raise UserError(f"unknown mode --mode={mode}{nearest(mode, MODES)}")
+  if config is None and mode not in _OF_A_RUN:
+    raise UserError(f"--config is missing; try {_EXAMPLE}")
+  if not workdir:
+    raise UserError(f"--mode={mode} needs the --workdir of a run")
+  request = None
+  if mode == "generate":
+    request = generation_flags.read(values)
+  elif given := generation_flags.given(values):
+    raise UserError(f"--{given[0]} is for --mode=generate, not --mode={mode}")
+  return Options(mode, workdir, config, request)
+
+
+def parse_config(
+  values: flags.FlagValues, argv: Sequence[str]
+) -> tuple[Any, str]:
+  """Reads the flags, and what `--config` and `--workdir` say.
+
+  Args:
+    values: the flags, `define_config`'s among them.
+    argv: the program's name and its arguments.
+
+  Returns:
+    The schema's dataclass, or None without `--config`; and the workdir, by
+    default runs/<config>, or "" where neither is given.
+
+  Raises:
+    UserError: anything misspelt, ill-typed or out of range.
   """
   try:
     rest = values(list(argv))[1:]
@@ -117,34 +168,19 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> Options:
     raise UserError(
       f"{rest[0]!r} is not a flag; a config is given as {_EXAMPLE}"
     )
-  mode = str(values["mode"].value)
-  workdir = str(values["workdir"].value or "")
-  config = None
-  if mode not in MODES:
-    raise UserError(f"unknown mode --mode={mode}{nearest(mode, MODES)}")
-  parser = values["config"].parser
-  if isinstance(parser, _ConfigFile) and values["config"].value is not None:
-    from fusionlab.experiment import Experiment
-
-    config = Experiment.from_mapping(values["config"].value.to_dict())
-    workdir = workdir or os.path.join("runs", parser.run_name)
-  elif mode not in _OF_A_RUN:
-    raise UserError(f"--config is missing; try {_EXAMPLE}")
-  elif not workdir:
-    raise UserError(f"--mode={mode} needs the --workdir of a run")
-  request = None
-  if mode == "generate":
-    request = generation_flags.read(values)
-  elif given := generation_flags.given(values):
-    raise UserError(f"--{given[0]} is for --mode=generate, not --mode={mode}")
-  return Options(mode, workdir, config, request)
+  workdir, parser = str(values["workdir"].value or ""), values["config"].parser
+  if not isinstance(parser, _ConfigFile) or values["config"].value is None:
+    return None, workdir
+  config = from_mapping(parser.schema(), values["config"].value.to_dict())
+  return config, workdir or os.path.join("runs", parser.run_name)
 
 
 class _ConfigFile(flags.ArgumentParser):
   """Loads the file that `--config` names and checks the keys of overrides."""
 
-  def __init__(self, argv: Sequence[str]):
+  def __init__(self, argv: Sequence[str], schema: Callable[[], type]):
     super().__init__()
+    self.schema = schema
     self.overrides = _overrides(argv)
     self.run_name = ""
 
@@ -153,8 +189,6 @@ class _ConfigFile(flags.ArgumentParser):
     mapping = load_config(file, size)
     self.run_name = os.path.splitext(os.path.basename(file))[0]
     self.run_name += f"_{size}" if size else ""
-    from fusionlab.experiment import Experiment
-
     # A `kind` decides which keys its section has, and one under a new name adds
     # a source: both must stand before the other keys are looked at.
     for key, value in self.overrides.items():
@@ -168,7 +202,7 @@ class _ConfigFile(flags.ArgumentParser):
         for section in sections:
           node = node.setdefault(section, {})
         node[last] = value
-    full = to_mapping(Experiment.from_mapping(mapping))
+    full = to_mapping(from_mapping(self.schema(), mapping))
     for key in self.overrides:
       _check_key(full, key)
     return config_dict.ConfigDict(full).lock()

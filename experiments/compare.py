@@ -1,0 +1,453 @@
+r"""Trains several configs over several seeds, and says how many steps each needs.
+
+  python -m experiments.compare --config=configs/compare_mot.py
+  python -m experiments.compare --config=configs/compare_mot.py \
+      --config.seeds=0,1 --config.experiments.mot.model.untie='ffn o' --workdir=runs/o
+
+The config names any experiments and which of them is the control. Every run is a
+workdir of its own, `<workdir>/<experiment>_s<seed>`; the same command goes on where it
+was stopped. After each run the table is written anew: `comparison.json`,
+`comparison.md`, `comparison.svg`, and at the end `comparison.html` with all curves of
+the first seed.
+
+s = steps to the control's final held-out loss / the control's steps, of one seed
+(arXiv 2411.04996, section 3.1), read off the curves of the evaluations at intervals;
+below 1 fewer steps are needed. Seconds per step are
+medians of each run's own rows: runs take turns by seed, so that the machine's mood
+falls on all, but `experiments.benchmarks.routed_step` is the measurement of speed.
+"""
+
+import os
+
+# See experiments/run.py.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import dataclasses
+import json
+import math
+import shlex
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from absl import app, flags, logging
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from experiments import command_line
+from experiments.run import guarded
+from fusionlab import report
+from fusionlab.analysis.step_matching import (
+  Curve,
+  final_step_ratio,
+  mean_and_range,
+  step_ratios,
+)
+from fusionlab.config import option
+from fusionlab.errors import ConfigError, UserError, nearest
+from fusionlab.experiment import Experiment
+from fusionlab.report.metrics import read_metrics
+from fusionlab.tokenizers import load_tokenizers
+from fusionlab.train import environment, loop
+from fusionlab.train import workdir as workdirs
+
+_EXAMPLE = "--config=configs/compare_mot.py"
+# Of FLOPs a step, within which two experiments count as equal.
+_EQUAL = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """What is compared: experiments by name, each over the same seeds."""
+
+  experiments: dict[str, Experiment] = option(
+    dict, "what is trained, by name, in the order of the table"
+  )
+  control: str = option("", "the experiment that the others are measured by")
+  seeds: tuple[int, ...] = option(
+    (0, 1, 2), "config.train.seed of each run", minimum=0
+  )
+  equal_flops: bool = option(
+    True, "refuse experiments whose model FLOPs a step differ"
+  )
+
+  def check(self, path: str) -> None:
+    """Raises ConfigError where a table would have no meaning."""
+    names = list(self.experiments)
+    if len(names) < 2:
+      raise ConfigError(
+        f"{path}.experiments has {len(names)}; give two or more"
+      )
+    if self.control not in names:
+      raise ConfigError(
+        f"{path}.control={self.control!r} is none of"
+        f" {path}.experiments{nearest(self.control, names)}"
+      )
+    if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+      raise ConfigError(f"{path}.seeds={self.seeds} must be different seeds")
+    for name, experiment in self.experiments.items():
+      where = f"{path}.experiments.{name}.train"
+      if experiment.train.max_seconds:
+        raise ConfigError(
+          f"{where}.max_seconds={experiment.train.max_seconds:g} would end runs"
+          f" at steps that cannot be compared; set it to 0"
+        )
+      if not 0 < experiment.train.eval_every < experiment.train.num_steps:
+        raise ConfigError(
+          f"{where}.eval_every={experiment.train.eval_every} gives no curve of"
+          f" {where}.num_steps={experiment.train.num_steps}; set it to a"
+          f" twentieth of them, say"
+        )
+
+
+def check_flops(comparison: Comparison) -> None:
+  """Refuses experiments that do not spend the same model FLOPs a step.
+
+  Raises:
+    UserError: with each experiment's FLOPs.
+  """
+  flops = {}
+  for name, e in comparison.experiments.items():
+    tokenizers = load_tokenizers(e.data.text_tokenizer, e.data.image_tokenizer)
+    per_token = e.model.forward_flops_per_token(
+      tokenizers.vocabulary.size, e.data.row_length
+    )
+    flops[name] = 3 * per_token * e.data.row_length * e.train.batch_size
+  base = flops[comparison.control]
+  if any(abs(f / base - 1) > _EQUAL for f in flops.values()):
+    each = ", ".join(f"{n} {f / 1e9:.2f}" for n, f in flops.items())
+    raise UserError(
+      f"the experiments spend different model FLOPs a step (GFLOP: {each}), so"
+      f" steps do not compare; make them equal, or say"
+      f" --config.equal_flops=False"
+    )
+
+
+def train_all(comparison: Comparison, workdir: Path) -> bool:
+  """Trains what is not finished yet, seed by seed.
+
+  Args:
+    comparison: what is trained.
+    workdir: the folder of all runs.
+
+  Returns:
+    Whether all runs are finished; False after a signal.
+
+  Raises:
+    UserError: see `fusionlab.train.loop.train`.
+  """
+  runs = runs_of(comparison, workdir)
+  for number, (name, seed, folder) in enumerate(runs, start=1):
+    experiment = comparison.experiments[name]
+    experiment = dataclasses.replace(
+      experiment, train=dataclasses.replace(experiment.train, seed=seed)
+    )
+    if workdirs.finished_at(folder) == experiment.train.num_steps:
+      before = workdirs.recorded(folder)
+      if before is not None:  # refuses a folder of another config
+        workdirs.resume(experiment, before, folder)
+      continue
+    print(f"run {number} of {len(runs)}: {folder}", flush=True)
+    loop.train(experiment, str(folder))
+    if workdirs.finished_at(folder) is None:
+      return False
+    write_results(comparison, workdir)
+  return True
+
+
+def runs_of(
+  comparison: Comparison, workdir: Path
+) -> list[tuple[str, int, Path]]:
+  """Name, seed and folder of each run, in the order in which they train."""
+  return [
+    (name, seed, workdir / f"{name}_s{seed}")
+    for seed in comparison.seeds
+    for name in comparison.experiments
+  ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+  """What a finished run left.
+
+  Attributes:
+    curves: modality -> held-out loss over steps, nats a token.
+    final: modality -> loss of all held-out data at the end.
+    seconds_per_step: median of its rows.
+  """
+
+  curves: dict[str, Curve]
+  final: dict[str, float]
+  seconds_per_step: float
+
+  @classmethod
+  def read(cls, folder: Path) -> "Finished":
+    """Reads a run's metrics.
+
+    The last evaluation is of all held-out data (`config.train.eval_batches`),
+    the others of the same part of it each: a curve must not mix them.
+    """
+    metrics = read_metrics(folder)
+    curves, final = {}, {}
+    for name in metrics.columns:
+      if name.startswith("eval/loss/"):
+        steps, losses = metrics.series(name)
+        modality = name.removeprefix("eval/loss/")
+        curves[modality] = Curve(steps[:-1], losses[:-1])
+        final[modality] = float(losses[-1])
+    seconds = float(np.median(metrics.series("perf/step_s")[1]))
+    return cls(curves, final, seconds)
+
+
+def results_of(comparison: Comparison, workdir: Path) -> dict[str, Any]:
+  """Figures of all seeds that every experiment has finished, JSON-ready."""
+  finished: dict[int, dict[str, Finished]] = {}
+  for name, seed, folder in runs_of(comparison, workdir):
+    steps = comparison.experiments[name].train.num_steps
+    if workdirs.finished_at(folder) == steps:
+      finished.setdefault(seed, {})[name] = Finished.read(folder)
+  seeds = [
+    s for s, f in finished.items() if len(f) == len(comparison.experiments)
+  ]
+  results: dict[str, Any] = {
+    "control": comparison.control,
+    "seeds": seeds,
+    "num_steps": {
+      n: e.train.num_steps for n, e in comparison.experiments.items()
+    },
+    "untie": {n: e.model.untie for n, e in comparison.experiments.items()},
+    "experiments": {},
+  }
+  for name in comparison.experiments if seeds else ():
+    each = [(finished[s][comparison.control], finished[s][name]) for s in seeds]
+    losses = {}
+    for modality in sorted(each[0][0].curves, key=lambda m: (m != "text", m)):
+      pairs = [(c.curves[modality], o.curves[modality]) for c, o in each]
+      losses[modality] = {
+        "final_loss": [o.final[modality] for _, o in each],
+        "s": [final_step_ratio(c, o) for c, o in pairs],
+        "curve": {
+          "steps": pairs[0][1].steps.tolist(),
+          "losses": [o.losses.tolist() for _, o in pairs],
+        },
+      }
+    results["experiments"][name] = {
+      "losses": losses,
+      "seconds_per_step": [o.seconds_per_step for _, o in each],
+    }
+  return results
+
+
+def table_of(results: Mapping[str, Any]) -> list[list[str]]:
+  """Rows of the table, the first of them its head."""
+  experiments = results["experiments"]
+  control = experiments[results["control"]]
+  modalities = list(control["losses"])
+  rows = [
+    ["", *(f"{m}: loss" for m in modalities), *(f"{m}: s" for m in modalities),
+     "s/step", "over control"]
+  ]  # fmt: skip
+  for name, found in experiments.items():
+    losses = [_spread(found["losses"][m]["final_loss"], 3) for m in modalities]
+    ratios = [_spread(found["losses"][m]["s"], 2) for m in modalities]
+    over = [
+      a / b
+      for a, b in zip(
+        found["seconds_per_step"], control["seconds_per_step"], strict=True
+      )
+    ]
+    seconds = f"{statistics.mean(found['seconds_per_step']):.3f}"
+    rows.append([name, *losses, *ratios, seconds, _spread(over, 2)])
+  return rows
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+  """Mean (least to greatest); a run that never got there is '>1'."""
+
+  def one(value: float) -> str:
+    return ">1" if math.isinf(value) else f"{value:.{digits}f}"
+
+  mean, low, high = mean_and_range(values)
+  return f"{one(mean)} ({one(low)} to {one(high)})"
+
+
+def markdown_of(
+  results: Mapping[str, Any], described: Mapping[str, Any]
+) -> str:
+  """The table with its command, commit and hardware."""
+  head, *rows = table_of(results)
+  lines = [
+    "| " + " | ".join(r) + " |" for r in (head, ["---"] * len(head), *rows)
+  ]
+  steps = ", ".join(f"{n} {s:,}" for n, s in results["num_steps"].items())
+  device, packages = described["devices"], described["packages"]
+  return "\n".join(
+    [
+      *lines,
+      "",
+      "Held-out loss in nats a token, all of it, at the end; s = steps to the"
+      f" last point of `{results['control']}`'s curve / its steps, of the same"
+      " seed (the curve: the same part of the held-out data at every point);"
+      f" mean (least to greatest) of the seeds {results['seeds']}. Steps:"
+      f" {steps}.",
+      "",
+      f"Command: `{shlex.join(described['command'])}`, commit {described['commit']};"
+      f" {device['count']} x {device['kind']}, {described['host']['cpus']} CPU"
+      f" cores, {described['host']['machine']}; jax {packages['jax']}, Python"
+      f" {described['python']}.",
+      "",
+    ]
+  )
+
+
+def draw(results: Mapping[str, Any]) -> Figure:
+  """Held-out loss over steps, and s at each of the control's steps."""
+  experiments = results["experiments"]
+  modalities = list(experiments[results["control"]]["losses"])
+  with mpl.rc_context({"font.size": 9}):
+    figure = Figure(figsize=(4.2 * len(modalities), 6), layout="constrained")
+    axes = figure.subplots(2, len(modalities), squeeze=False)
+    for column, modality in enumerate(modalities):
+      of_control = _curves(experiments[results["control"]], modality)
+      for index, (name, found) in enumerate(experiments.items()):
+        color = f"C{index}"
+        curves = _curves(found, modality)
+        _band(axes[0, column], curves, name, color)
+        if name != results["control"]:
+          ratios = [
+            step_ratios(c, o) for c, o in zip(of_control, curves, strict=True)
+          ]
+          for number, ratio in enumerate(ratios):
+            axes[1, column].plot(
+              ratio.steps, ratio.losses, color=color, lw=1.2, alpha=0.8,
+              label=name if number == 0 else None,
+            )  # fmt: skip
+      axes[0, column].set(title=f"held-out {modality}", ylabel="nats a token")
+      axes[1, column].axhline(1, color="0.5", lw=0.8)
+      axes[1, column].set(
+        ylabel=f"s: steps over {results['control']}'s",
+        xlabel=f"{results['control']}'s step",
+      )
+      for axis in axes[:, column]:
+        axis.grid(color="0.9")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].legend(frameon=False)
+    axes[1, 0].legend(frameon=False)
+  return figure
+
+
+def _curves(found: Mapping[str, Any], modality: str) -> list[Curve]:
+  curve = found["losses"][modality]["curve"]
+  steps = np.asarray(curve["steps"])
+  return [Curve(steps, np.asarray(losses)) for losses in curve["losses"]]
+
+
+def _band(axis: Any, curves: Sequence[Curve], name: str, color: str) -> None:
+  """The mean of the seeds, and between the least and the greatest."""
+  losses = np.stack([c.losses for c in curves])
+  axis.plot(curves[0].steps, losses.mean(0), color=color, label=name)
+  axis.fill_between(
+    curves[0].steps, losses.min(0), losses.max(0), color=color, alpha=0.2, lw=0
+  )
+
+
+def write_results(comparison: Comparison, workdir: Path) -> None:
+  """Writes the table and the drawing of the seeds that are complete."""
+  results = results_of(comparison, workdir)
+  if not results["seeds"]:
+    return
+  described = environment.describe()
+  content = json.dumps(
+    _without_infinity({**results, "environment": described}), indent=1
+  )
+  (workdir / "comparison.json").write_text(content + "\n", encoding="utf-8")
+  (workdir / "comparison.md").write_text(
+    markdown_of(results, described), encoding="utf-8"
+  )
+  draw(results).savefig(workdir / "comparison.svg")
+
+
+def _without_infinity(value: Any) -> Any:
+  """JSON has no inf: an s that was never reached becomes null."""
+  if isinstance(value, dict):
+    return {k: _without_infinity(v) for k, v in value.items()}
+  if isinstance(value, list):
+    return [_without_infinity(v) for v in value]
+  return None if isinstance(value, float) and math.isinf(value) else value
+
+
+def run(comparison: Comparison, workdir: Path) -> int:
+  """Trains what is missing, then prints and writes the table.
+
+  Args:
+    comparison: what is compared.
+    workdir: the folder of all runs.
+
+  Raises:
+    UserError: different FLOPs a step, or whatever a run finds wrong.
+  """
+  if comparison.equal_flops:
+    check_flops(comparison)
+  workdir.mkdir(parents=True, exist_ok=True)
+  if not train_all(comparison, workdir):
+    print(f"stopped: {workdir}; the same command goes on from there")
+    return 0
+  write_results(comparison, workdir)
+  head, *rows = table_of(results_of(comparison, workdir))
+  table = Table(caption="mean (least to greatest) of the seeds")
+  for i, name in enumerate(head):
+    table.add_column(name, justify="right" if i else "left")
+  for row in rows:
+    table.add_row(*row)
+  Console(width=max(100, Console().width)).print(table)
+  first = comparison.seeds[0]
+  page = report.compare(
+    [
+      folder
+      for _, seed, folder in runs_of(comparison, workdir)
+      if seed == first
+    ],
+    workdir / "comparison.html",
+  )
+  print(f"table and curves: {workdir}/comparison.md, .svg, .json; {page}")
+  return 0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the program and exits; `argv` defaults to the process's own."""
+  argv = list(sys.argv if argv is None else argv)
+  values = flags.FLAGS
+  command_line.define_config(values, argv, lambda: Comparison)
+  flags.adopt_module_key_flags(command_line)  # so that --help lists them
+  debug = "--debug" in argv
+  understood: list[tuple[Comparison, str]] = []
+
+  def read(argv: Sequence[str]) -> tuple[Comparison, str]:
+    def parse() -> int:
+      comparison, workdir = command_line.parse_config(values, argv)
+      if comparison is None:
+        raise UserError(f"--config is missing; try {_EXAMPLE}")
+      understood.append((comparison, workdir))
+      return 0
+
+    if code := guarded(parse, debug=debug):
+      sys.exit(code)
+    logging.set_verbosity(logging.WARNING)  # see experiments/run.py
+    return understood[0]
+
+  app.run(
+    lambda given: guarded(
+      lambda: run(given[0], Path(given[1]).expanduser()), debug=debug
+    ),
+    argv=argv,
+    flags_parser=read,
+  )
+
+
+if __name__ == "__main__":
+  main()
