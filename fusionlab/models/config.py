@@ -2,11 +2,103 @@
 
 import dataclasses
 
+from jaxtyping import Array, Float
+
 from fusionlab.config import option
 from fusionlab.errors import ConfigError
 from fusionlab.nn.feed_forward import swiglu_width
+from fusionlab.nn.functional import rotary
 from fusionlab.towers import Towers
 from kernels_pallas.attention.api import IMPLEMENTATIONS
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """`config.model.rope_scaling`: longer documents than the model first saw.
+
+  The formulas are `fusionlab.nn.functional.rotary`'s; a kind reads its own keys.
+  """
+
+  kind: str = option(
+    "none",
+    "how the rotary frequencies are scaled",
+    choices=("none", "linear", "llama3", "yarn"),
+  )
+  factor: float = option(1.0, "how much longer documents become", minimum=1e-3)
+  original_max_position: int = option(
+    0, "llama3, yarn: positions of the first training", minimum=0
+  )
+  low_freq_factor: float = option(
+    1.0, "llama3: turns below which a frequency is divided", minimum=0.0
+  )
+  high_freq_factor: float = option(
+    4.0, "llama3: turns above which a frequency stays", minimum=0.0
+  )
+  beta_fast: float = option(
+    32.0, "yarn: turns above which a frequency stays", minimum=1e-6
+  )
+  beta_slow: float = option(
+    1.0, "yarn: turns below which a frequency is divided", minimum=1e-6
+  )
+  attention_factor: float = option(
+    0.0, "yarn: factor on cosine and sine; 0: 0.1 ln(factor) + 1", minimum=0.0
+  )
+  truncate: bool = option(True, "yarn: the ramp's ends are whole indices")
+
+  @property
+  def magnitude(self) -> float:
+    """Factor on cosine and sine; 1 but for yarn."""
+    if self.kind != "yarn":
+      return 1.0
+    return self.attention_factor or rotary.yarn_magnitude(self.factor)
+
+  def frequencies(self, head_dim: int, base: float) -> Float[Array, " half"]:
+    """The scaled frequencies, float32, in radians per position.
+
+    Args:
+      head_dim: D.
+      base: `config.model.rope_base`.
+    """
+    frequency = rotary.rotary_frequencies(head_dim=head_dim, base=base)
+    if self.kind == "linear":
+      return rotary.linear_scaling(frequency, factor=self.factor)
+    if self.kind == "llama3":
+      return rotary.llama3_scaling(
+        frequency,
+        factor=self.factor,
+        low_freq_factor=self.low_freq_factor,
+        high_freq_factor=self.high_freq_factor,
+        original_max_position=self.original_max_position,
+      )
+    if self.kind == "yarn":
+      return rotary.yarn_scaling(
+        frequency,
+        base=base,
+        factor=self.factor,
+        beta_fast=self.beta_fast,
+        beta_slow=self.beta_slow,
+        original_max_position=self.original_max_position,
+        truncate=self.truncate,
+      )
+    return frequency
+
+  def check(self, path: str) -> None:
+    """Raises ConfigError where a kind lacks what it needs."""
+    if self.kind in ("llama3", "yarn") and not self.original_max_position:
+      raise ConfigError(
+        f"{path}.kind={self.kind!r} needs {path}.original_max_position, the"
+        f" positions that the model was first trained on"
+      )
+    if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+      raise ConfigError(
+        f"{path}.high_freq_factor={self.high_freq_factor} must be more than"
+        f" {path}.low_freq_factor={self.low_freq_factor}"
+      )
+    if self.kind == "yarn" and self.beta_fast < self.beta_slow:
+      raise ConfigError(
+        f"{path}.beta_fast={self.beta_fast} must be at least"
+        f" {path}.beta_slow={self.beta_slow}"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +142,9 @@ class TransformerConfig:
   )
   rope_base: float = option(
     10000.0, "base of the rotary frequencies", minimum=1.0
+  )
+  rope_scaling: RopeScaling = option(
+    RopeScaling, "scaling of the rotary frequencies"
   )
   dropout: float = option(
     0.0,
@@ -138,6 +233,11 @@ class TransformerConfig:
       raise ConfigError(
         f"the width of a head is {self.width_of_head}; rotary positions need an"
         f" even one (config.model.head_dim)"
+      )
+    if self.rope_scaling.kind == "yarn" and self.rope_base <= 1:
+      raise ConfigError(
+        f"config.model.rope_base={self.rope_base} must be more than 1 with"
+        f" config.model.rope_scaling.kind='yarn'"
       )
     if self.num_heads % self.kv_heads:
       raise ConfigError(

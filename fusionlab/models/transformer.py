@@ -20,7 +20,7 @@ from fusionlab.batch import Batch, Vocabulary
 from fusionlab.errors import UserError
 from fusionlab.models.block import Block, Context, stays_routed
 from fusionlab.models.config import TransformerConfig
-from fusionlab.nn.attention import visibility_of
+from fusionlab.nn.attention import Visibility, visibility_of
 from fusionlab.nn.functional.rotary import rotary_angles
 from fusionlab.nn.norms import RMSNorm
 from fusionlab.nn.parameters import fan_in
@@ -113,11 +113,9 @@ class Transformer(nn.Module):
         jnp.float32,
       )
     router = make_router(towers, inputs.layout, inputs.modality, c.dispatch)
-    angles = rotary_angles(
-      inputs.position, head_dim=c.width_of_head, base=c.rope_base
-    )
     context = Context(
-      router, visibility_of(inputs.k_start, inputs.k_end, angles)
+      router,
+      self._visibility(inputs.position, inputs.k_start, inputs.k_end),
     )
     stream = self._enter(embed, inputs.tokens, router)
     blocks = {"block": functools.partial(Block, c)}
@@ -194,12 +192,11 @@ class Transformer(nn.Module):
     modality = jnp.where(real, self.vocabulary.modality_of(tokens), 0)
     dispatch = "present" if layout is None else "layout"
     router = make_router(towers, layout, modality, dispatch, real=real)
-    angles = rotary_angles(position, head_dim=c.width_of_head, base=c.rope_base)
     capacity = cache[0]["attention"]["k"].shape[2]
-    visibility = visibility_of(
+    visibility = self._visibility(
+      position,
       jnp.zeros_like(position),
       jnp.where(real, position + 1, 0),
-      angles,
       slot=jnp.where(real, position, capacity),
     )
     stream = self._enter(params["embed"], tokens, router)
@@ -226,6 +223,24 @@ class Transformer(nn.Module):
     return Decoded(
       self._leave(stream, normalise, router), tuple(chosen), tuple(held)
     )
+
+  def _visibility(
+    self,
+    position: Int[Array, "B L"],
+    k_start: Int[Array, "B L"],
+    k_end: Int[Array, "B L"],
+    slot: Int[Array, "B L"] | None = None,
+  ) -> Visibility:
+    """What queries at these positions see, and how they are rotated."""
+    c = self.config
+    frequency = c.rope_scaling.frequencies(c.width_of_head, c.rope_base)
+    angles = rotary_angles(position, frequency)
+    visibility = visibility_of(k_start, k_end, angles, slot)
+    size = c.rope_scaling.magnitude
+    if size == 1:
+      return visibility
+    cos, sin = visibility.cos * size, visibility.sin * size
+    return dataclasses.replace(visibility, cos=cos, sin=sin)
 
   def _enter(
     self, table: jax.Array, tokens: jax.Array, router: Router
