@@ -62,7 +62,7 @@ class Vocabulary:
     pad, bos, eos: ids at document borders, in the first modality's range.
     begin, end: per modality, the ids that open and close one of its blocks
       (BOI and EOI for images), in the first modality's range; the first entry
-      is unused.
+      is unused. What is given for more modalities than there are is dropped.
   """
 
   modalities: tuple[str, ...]
@@ -73,6 +73,11 @@ class Vocabulary:
   begin: tuple[int, ...] = (0, 3)
   end: tuple[int, ...] = (0, 4)
 
+  def __post_init__(self):
+    for name in ("begin", "end"):
+      kept = tuple(getattr(self, name))[: len(self.modalities)]
+      object.__setattr__(self, name, kept)
+
   @functools.cached_property
   def ends(self) -> tuple[int, ...]:
     """Exclusive end of each modality's range."""
@@ -82,6 +87,12 @@ class Vocabulary:
   def size(self) -> int:
     """Number of ids in all."""
     return self.ends[-1]
+
+  @functools.cached_property
+  def specials(self) -> tuple[int, ...]:
+    """Ids that stand for no text: of documents, and of blocks' borders."""
+    borders = (*self.begin[1:], *self.end[1:])
+    return tuple(sorted({self.pad, self.bos, self.eos, *borders}))
 
   def offset(self, modality: int) -> int:
     """First id of a modality's range."""
@@ -109,6 +120,52 @@ class Vocabulary:
 
     ends = jnp.asarray(self.ends, ids.dtype)
     return (ids[..., None] >= ends).sum(-1, dtype=jnp.int32)
+
+  def places_of(self, old: "Vocabulary") -> Int[np.ndarray, " old.size"]:
+    """Where the ids of an older vocabulary are in this one.
+
+    A modality keeps its name and its ids; the text may have got longer at its
+    end, and modalities may have been added.
+
+    Args:
+      old: what this vocabulary is to be the continuation of.
+
+    Returns:
+      int64, this vocabulary's id of each of the old one's.
+
+    Raises:
+      UserError: a modality is gone or has other ids, or the ids of documents or
+        of a block's borders are others.
+    """
+    if old.modalities[0] != self.modalities[0]:
+      raise UserError(
+        f"a vocabulary whose text is {self.modalities[0]!r} cannot continue one"
+        f" whose text is {old.modalities[0]!r}; the first modality stays first"
+      )
+    for name in ("pad", "bos", "eos"):
+      _same(name, getattr(old, name), getattr(self, name))
+    places = []
+    for then, name in enumerate(old.modalities):
+      now = self.index(name)
+      size, before = self.sizes[now], old.sizes[then]
+      if size < before or (then and size != before):
+        raise UserError(
+          f"the vocabulary has {size} ids of {name}, the older one {before}:"
+          f" they are not of one tokenizer; only text may get longer, at its end"
+        )
+      if then:
+        _same(f"the begin of {name}", old.begin[then], self.begin[now])
+        _same(f"the end of {name}", old.end[then], self.end[now])
+      places.append(self.offset(now) + np.arange(before, dtype=np.int64))
+    return np.concatenate(places)
+
+
+def _same(what: str, old: int, new: int) -> None:
+  if old != new:
+    raise UserError(
+      f"the vocabulary has {what} at id {new}, the older one at id {old}: they"
+      f" are not of one tokenizer; keep the text tokenizer"
+    )
 
 
 def causal_intervals(

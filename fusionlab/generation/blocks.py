@@ -133,8 +133,8 @@ class Blocks:
     v = self.vocabulary
     table = np.zeros((2 * len(v.modalities) - 1, size), bool)
     table[0, : v.ends[0]] = True
-    table[0, [v.pad, v.bos, *v.begin[1:], *v.end[1:]]] = False
-    table[0, [v.begin[m] for m in may_open]] = True
+    table[0, v.specials] = False
+    table[0, [v.eos, *(v.begin[m] for m in may_open)]] = True
     for m in range(1, len(v.modalities)):
       table[2 * m - 1, v.offset(m) : v.ends[m]] = True
       table[2 * m, v.end[m]] = True

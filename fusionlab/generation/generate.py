@@ -112,6 +112,8 @@ def generate(
   settings = from_mapping(Sampling, sampling, "sampling")
   vocabulary = tokenizers.vocabulary
   choices = ("auto", *vocabulary.modalities)
+  if make == "image" and make not in choices:
+    tokenizers.pictures("make='image'")
   if make not in choices:
     raise UserError(f"unknown make={make!r}{nearest(make, choices)}")
   for name, value in (
@@ -121,7 +123,7 @@ def generate(
   ):
     if value < 1:
       raise UserError(f"{name}={value} must be at least 1")
-  blocks = Blocks(vocabulary, (0, tokenizers.image.codes_per_image))
+  blocks = Blocks(vocabulary, tokenizers.block_lengths)
   asked = 0 if make == "auto" else vocabulary.index(make)
   starts = [_ids(p, tokenizers) for p in _listed(prompts)]
   shown_from = [len(ids) for ids in starts]
@@ -169,8 +171,7 @@ def generate(
     ends = () if asked else (vocabulary.eos, *stop_ids)
     kept = [row.ids[:-1] if row.ids[-1] in ends else row.ids for row in written]
     shown = documents.decode(
-      [ids[shown_from[p] :] for ids, (p, _) in zip(kept, here, strict=True)],
-      tokenizers,
+      kept, tokenizers, starts=[shown_from[p] for p, _ in here]
     )
     for (p, s), ids, parts, row in zip(here, kept, shown, written, strict=True):
       if row.cut:
@@ -235,10 +236,9 @@ def _run(
     finished = np.array(finished)
     for row, start in enumerate(shown_from):
       if stop and row not in cut:
-        written = tokens[row, start : lengths[row]]
-        ids = _first_stop(written, stop, tokenizers)
+        ids = _first_stop(tokens[row, : lengths[row]], start, stop, tokenizers)
         if ids is not None:
-          cut[row], finished[row] = start + ids, STOP
+          cut[row], finished[row] = ids, STOP
     if cut:
       state = dataclasses.replace(state, finished=jnp.asarray(finished))
     on_ended(int((finished != RUNNING).sum()))
@@ -255,19 +255,20 @@ def _run(
 
 
 def _first_stop(
-  written: np.ndarray, stop: Sequence[str], tokenizers: Tokenizers
+  ids: np.ndarray, start: int, stop: Sequence[str], tokenizers: Tokenizers
 ) -> int | None:
-  """How many ids it takes until a stop string stands in one of the texts."""
-  is_text = written < tokenizers.vocabulary.ends[0]
+  """How many ids it takes until a stop string stands in a text after `start`."""
+  is_text = ids[start:] < tokenizers.vocabulary.ends[0]
   borders = np.flatnonzero(np.diff(is_text, prepend=False, append=False))
-  for first, last in borders.reshape(-1, 2):
-    text = tokenizers.text.decode(written[first:last])
+  for first, last in (start + borders).reshape(-1, 2):
+    continues = documents.continues(ids, int(first), tokenizers.vocabulary)
+    text = tokenizers.text.decode(ids[first:last], continues=continues)
     if _before(text, stop) == text:
       continue
     for end in range(first + 1, last + 1):
-      text = tokenizers.text.decode(written[first:end])
+      text = tokenizers.text.decode(ids[first:end], continues=continues)
       if _before(text, stop) != text:
-        return end
+        return int(end)
   return None
 
 

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
+from fusionlab.batch import Vocabulary
 from fusionlab.data.sources.pictures import as_rgb, read_picture, square
 from fusionlab.errors import UserError
 from fusionlab.tokenizers import Tokenizers
@@ -26,18 +27,18 @@ def encode(prompt: Prompt, tokenizers: Tokenizers) -> list[int]:
     tokenizers: of the model.
 
   Raises:
-    UserError: a part of another type, or a file that is no picture.
+    UserError: a part of another type, a file that is no picture, or a picture
+      where the model is of text only.
   """
   vocabulary = tokenizers.vocabulary
-  image = 1
   ids = [vocabulary.bos]
   for part in [prompt] if isinstance(prompt, PARTS) else prompt:
     if isinstance(part, str):
       ids += tokenizers.text.encode(part)
       continue
-    codes = tokenizers.image.encode(
-      square(_pixels(part), tokenizers.image.image_size)[None]
-    )[0]
+    pixels, pictures = _pixels(part), tokenizers.pictures("a prompt's picture")
+    codes = pictures.encode(square(pixels, pictures.image_size)[None])[0]
+    image = vocabulary.index("image")
     ids.append(vocabulary.begin[image])
     ids += (codes + vocabulary.offset(image)).tolist()
     ids.append(vocabulary.end[image])
@@ -62,14 +63,32 @@ def _pixels(part: Part) -> np.ndarray:
   )
 
 
+def continues(
+  ids: Sequence[int] | np.ndarray, at: int, vocabulary: Vocabulary
+) -> bool:
+  """Whether the id at a place goes on with the text before it.
+
+  Args:
+    ids: of a document.
+    at: the place.
+    vocabulary: tells texts from what stands between them.
+  """
+  before = int(ids[at - 1]) if at else vocabulary.bos
+  return before < vocabulary.ends[0] and before not in vocabulary.specials
+
+
 def decode(
-  documents: Sequence[Sequence[int]], tokenizers: Tokenizers
+  documents: Sequence[Sequence[int]],
+  tokenizers: Tokenizers,
+  *,
+  starts: Sequence[int] | None = None,
 ) -> list[list[str | np.ndarray]]:
   """What ids show: of each document its texts and pictures in order.
 
   Args:
     documents: ids with whole blocks; specials outside of blocks show nothing.
     tokenizers: of the model.
+    starts: first id of each document that is shown; default 0.
 
   Returns:
     Per document str and uint8 [S, S, 3].
@@ -77,29 +96,38 @@ def decode(
   Raises:
     UserError: a block that is not whole.
   """
-  vocabulary = tokenizers.vocabulary
-  image, number = 1, tokenizers.image.codes_per_image
+  vocabulary, lengths = tokenizers.vocabulary, tokenizers.block_lengths
   parts: list[list[Any]] = []
   codes: list[np.ndarray] = []
-  for ids in documents:
+
+  def show(text: Sequence[int], first: int, ids: Sequence[int]) -> None:
+    goes_on = continues(ids, first, vocabulary)
+    parts[-1].append(tokenizers.text.decode(text, continues=goes_on))
+
+  for ids, first in zip(documents, starts or [0] * len(documents), strict=True):
     parts.append([])
-    at, text = 0, []
+    at = first
     while at < len(ids):
-      if ids[at] != vocabulary.begin[image]:
-        text.append(int(ids[at]))
+      if ids[at] not in vocabulary.begin[1:]:
         at += 1
         continue
+      image = vocabulary.begin.index(ids[at], 1)
+      number = lengths[image]
       block = np.asarray(ids[at + 1 : at + 1 + number])
       if len(block) < number:
         raise UserError(
           f"the ids end after {len(block)} of a picture's {number} codes"
         )
-      parts[-1] += [tokenizers.text.decode(text), len(codes)]
+      show(ids[first:at], first, ids)
+      parts[-1].append(len(codes))
       codes.append(block - vocabulary.offset(image))
-      at, text = at + number + 2, []
-    parts[-1].append(tokenizers.text.decode(text))
+      at += number + 2
+      first = at
+    show(ids[first:], first, ids)
   # All pictures at once: the decoder takes them by the dozen.
-  pictures = tokenizers.image.decode(np.stack(codes)) if codes else []
+  pictures: Any = []
+  if codes:
+    pictures = tokenizers.pictures("a picture").decode(np.stack(codes))
   return [
     [pictures[p] if isinstance(p, int) else p for p in shown if p != ""]
     for shown in parts

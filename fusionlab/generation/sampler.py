@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from fusionlab.batch import Vocabulary
 from fusionlab.errors import UserError
 from fusionlab.generation.blocks import Blocks
 from fusionlab.generation.config import Sampling
@@ -32,7 +33,6 @@ from fusionlab.sharding.rules import replicated_beside
 RUNNING, EOS, STOP, FULL = range(4)
 FINISH = ("running", "eos", "stop", "length")
 _SMALLEST_PREFILL = 16
-_SPECIALS = 5  # pad, bos, eos, begin, end: never penalised
 
 
 @flax.struct.dataclass
@@ -323,7 +323,7 @@ def _step(
     with_caption, without = jnp.split(logits, 2)
     logits = guide(with_caption, without, opened > 0, values["guidance"])
   if sampling.repetition_penalty != 1:
-    occurred = _occurred(tokens, length, blocks.vocabulary.ends[0], logits)
+    occurred = _occurred(tokens, length, blocks.vocabulary, logits)
     logits = penalise(logits, occurred, values["repetition_penalty"])
   if program.min_new:
     soon = length - state.prompt < program.min_new
@@ -358,11 +358,12 @@ def _step(
 
 
 def _occurred(
-  tokens: Array, length: Array, text_end: int, logits: Array
+  tokens: Array, length: Array, vocabulary: Vocabulary, logits: Array
 ) -> Bool[Array, "B V"]:
   """Ids of text, specials apart, that stand in each row."""
   counted = jnp.arange(tokens.shape[1]) < length[:, None]
-  counted &= (tokens >= _SPECIALS) & (tokens < text_end)
+  counted &= tokens < vocabulary.ends[0]
   row = jnp.arange(tokens.shape[0])[:, None]
   nothing = jnp.zeros(logits.shape, bool)
-  return nothing.at[row, tokens].max(counted)
+  occurred = nothing.at[row, tokens].max(counted)
+  return occurred.at[:, jnp.asarray(vocabulary.specials)].set(False)

@@ -10,6 +10,7 @@ from fusionlab.errors import UserError
 
 TEXT_FILE = "text.json"
 IMAGE_FILE = "image.safetensors"
+NO_IMAGE_FILE = "image.none"
 
 
 def packaged(name: str) -> Path:

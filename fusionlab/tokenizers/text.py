@@ -2,31 +2,39 @@
 
 Ids 0..4 are the specials of the shared vocabulary. They are entries of the
 vocabulary but not "added tokens", so their spelling in a text is text: the
-encoder cannot be talked into an end of document.
+encoder cannot be talked into an end of document. Tokenizers of other models keep
+their own ids, see `hugging_face`.
 Byte-pair encoding: Sennrich et al. 2016, arXiv:1508.07909; on bytes: Radford
 et al. 2019 (GPT-2), §2.2.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fusionlab.errors import UserError
-from fusionlab.tokenizers import storage
+from fusionlab.tokenizers import hugging_face, storage
+from fusionlab.tokenizers.hugging_face import Foreign, Specials
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<boi>", "<eoi>")
 SMALLEST = len(SPECIALS) + 256
 
 
 class TextTokenizer:
-  """Turns text into ids and back; the file is one of the `tokenizers` library.
+  """Turns text into ids and back.
+
+  The file is one of the `tokenizers` library, or of `hugging_face`.
 
   Attributes:
-    vocab_size: number of ids, the specials included.
+    base_size: number of ids of the tokenizer, or of the model that it is of.
+    vocab_size: number of ids, with specials that were appended to them.
+    specials: ids that stand for no text.
     hash: SHA-256 of the file, 64 hex digits.
   """
 
@@ -41,29 +49,96 @@ class TextTokenizer:
       UserError: not a tokenizer file, truncated, not byte-level, or with other
         special ids than `SPECIALS`.
     """
-    try:
-      tokenizer = Tokenizer.from_str(content.decode("utf-8"))
-    except Exception as error:  # the library raises bare Exception
-      raise UserError(
-        f"text tokenizer: {name} is not a whole file of the tokenizers library"
-        f" ({_one_line(error)}); make one with python -m fusionlab.tokenizers"
-        f" train-text"
-      ) from None
-    _check(tokenizer, name)
+    entry = _object(content, name)
     self._content = content
-    self._tokenizer = tokenizer
-    self.vocab_size: int = tokenizer.get_vocab_size()
+    self._name = name
     self.hash: str = storage.sha256(content)
+    self.specials = Specials()
+    self._foreign: Foreign | None = None
+    if "format" in entry:
+      self._foreign, self.specials, self.base_size = hugging_face.unpack(
+        entry, name
+      )
+      self._tokenizer = self._foreign.tokenizer
+    else:
+      self._tokenizer = hugging_face.parse(entry, name)
+      _check(self._tokenizer, name)
+      self.base_size: int = self._tokenizer.get_vocab_size()
+    last = max(self.base_size - 1, *self.specials.ids)
+    self.vocab_size: int = last + 1
 
   @classmethod
   def load(cls, path: str = "") -> "TextTokenizer":
     """Reads a tokenizer file; '' is the packaged one.
 
+    A Hugging Face `tokenizer.json`, or the folder that holds one, is taken with
+    what the configs beside it say about its special ids.
+
     Raises:
-      UserError: no such file, or see `__init__`.
+      UserError: no such file, or see `__init__` and `from_hugging_face`.
     """
-    file = path or storage.packaged(storage.TEXT_FILE)
-    return cls(storage.read(file, "text tokenizer"), repr(str(file)))
+    file = Path(path or storage.packaged(storage.TEXT_FILE))
+    if file.is_dir():
+      file /= hugging_face.TOKENIZER_FILE
+    name = repr(str(file))
+    content = storage.read(file, "text tokenizer")
+    entry = _object(content, name)
+    if "format" in entry or _is_ours(entry):
+      return cls(content, name)
+    known: dict[str, Any] = hugging_face.ids_beside(file, entry)
+    return cls.from_hugging_face(content, **known, name=name)
+
+  @classmethod
+  def from_hugging_face(
+    cls,
+    content: bytes,
+    *,
+    size: int,
+    bos: int | None,
+    eos: int | None,
+    pad: int | None = None,
+    name: str = "given content",
+  ) -> "TextTokenizer":
+    """Makes a tokenizer of another model's, its ids in their places.
+
+    A model with one of bos and eos separates documents by that one; where pad is
+    missing, eos serves for it. Nothing is appended.
+
+    Args:
+      content: of a `tokenizer.json`.
+      size: the model's number of ids; those without a piece stand for no text.
+      bos: the model's id before documents, None where it has none.
+      eos: its id after documents, or None.
+      pad: its id for padding, or None.
+      name: where it came from, for messages.
+
+    Raises:
+      UserError: not a tokenizer, of a kind that cannot be used, more ids than
+        `size`, a special that is not among them, or neither bos nor eos.
+    """
+    entry = _object(content, name)
+    hugging_face.parse(entry, name)
+    given = hugging_face.specials(
+      size=size, bos=bos, eos=eos, pad=pad, name=name
+    )
+    return cls(hugging_face.pack(entry, given, size), name)
+
+  def with_picture_borders(self) -> "TextTokenizer":
+    """This tokenizer with `<boi>` and `<eoi>`, appended where it has none."""
+    if self.specials.boi is not None:
+      return self
+    entry = json.loads(self._content)
+    size = self.base_size
+    given = dataclasses.replace(self.specials, boi=size, eoi=size + 1)
+    packed = hugging_face.pack(entry["tokenizer"], given, size)
+    return TextTokenizer(packed, self._name)
+
+  def tokenizer_json(self) -> bytes:
+    """The content of a `tokenizer.json` for other programs."""
+    if self._foreign is None:
+      return self._content
+    entry = json.loads(self._content)["tokenizer"]
+    return json.dumps(entry, ensure_ascii=False, indent=2).encode()
 
   @classmethod
   def train(
@@ -131,11 +206,23 @@ class TextTokenizer:
           f"text is not Unicode: lone surrogate at character {error.start} of"
           f" {text[:40]!r}; decode its bytes as UTF-8"
         ) from None
+    if self._foreign is not None:
+      return self._foreign.encode_batch(texts)
     batch = self._tokenizer.encode_batch(texts, add_special_tokens=False)
     return [encoding.ids for encoding in batch]
 
-  def decode(self, ids: Sequence[int] | Int[np.ndarray, "L"]) -> str:
+  def decode(
+    self,
+    ids: Sequence[int] | Int[np.ndarray, "L"],
+    *,
+    continues: bool = False,
+  ) -> str:
     """Returns the text of ids; specials are skipped, broken UTF-8 replaced.
+
+    Args:
+      ids: of the text range.
+      continues: they go on with a text. Sentencepiece-like tokenizers begin a
+        text with a space that is not in it; byte-level ones know no difference.
 
     Raises:
       UserError: an id outside the text range.
@@ -147,16 +234,25 @@ class TextTokenizer:
         f"text tokenizer: id {wrong[0]} is not a text id"
         f" (0..{self.vocab_size - 1}); pass only ids of the text range"
       )
+    if self._foreign is not None:
+      has_text = self._foreign.has_text
+      kept = [i for i in ids if i < len(has_text) and has_text[i]]
+      return self._foreign.decode(kept, continues=continues)
     kept = [i for i in ids if i >= len(SPECIALS)]
     return self._tokenizer.decode(kept, skip_special_tokens=False)
 
   def byte_lengths(self) -> Int[np.ndarray, "vocab_size"]:
     """UTF-8 bytes each id stands for, int32; 0 for specials.
 
-    The lengths of a text's ids sum to the length of the text in bytes.
+    The lengths of a text's ids sum to the length of the text in bytes. A
+    sentencepiece-like tokenizer counts the space that it puts before a text, one
+    byte more, and what it does not know counts nothing.
     """
-    # The byte-level alphabet writes every byte as one character.
     lengths = np.zeros(self.vocab_size, np.int32)
+    if self._foreign is not None:
+      lengths[: self.base_size] = self._foreign.byte_lengths()
+      return lengths
+    # The byte-level alphabet writes every byte as one character.
     for piece, index in self._tokenizer.get_vocab().items():
       if index >= len(SPECIALS):
         lengths[index] = len(piece)
@@ -215,5 +311,18 @@ def _check(tokenizer: Tokenizer, name: str) -> None:
       )
 
 
-def _one_line(error: Exception) -> str:
-  return " ".join(str(error).split())[:120]
+def _object(content: bytes, name: str) -> dict[str, Any]:
+  try:
+    entry = json.loads(content)
+    if not isinstance(entry, dict):
+      raise ValueError("no JSON object")
+  except ValueError as error:
+    hugging_face.not_whole(name, error)
+  return entry
+
+
+def _is_ours(entry: dict[str, Any]) -> bool:
+  """Whether a file of the library was made by `train`."""
+  model = entry.get("model")
+  vocab = model.get("vocab") if isinstance(model, dict) else None
+  return isinstance(vocab, dict) and set(SPECIALS) <= vocab.keys()
