@@ -43,8 +43,14 @@ class DataConfig:
   cache_dir: str = option(
     "", "prepared datasets; '' is $FUSIONLAB_CACHE or ~/.cache/fusionlab"
   )
-  text_tokenizer: str = option("", "BPE file; '' is the one in the package")
-  image_tokenizer: str = option("", "VQ file; '' is the one in the package")
+  text_tokenizer: str = option(
+    "",
+    "BPE file, or a Hugging Face tokenizer.json or its folder; '' is the BPE in"
+    " the package",
+  )
+  image_tokenizer: str = option(
+    "", "VQ file; '' is the one in the package, 'none' trains on text only"
+  )
   row_length: int = option(512, "tokens in a row", minimum=8)
   group_rows: int = option(
     0,

@@ -70,7 +70,7 @@ def open_data(
   Args:
     experiment: `data`, `train.batch_size`, `train.seed` and the model's towers
       are read.
-    tokenizers: text and image tokenizers.
+    tokenizers: of the run.
     process_index: this process.
     process_count: processes that share the batch.
     group_rows: rows of a group (where `config.data.group_rows` is 0, the

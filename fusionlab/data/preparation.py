@@ -180,7 +180,7 @@ def prepare(
 
   Args:
     source: where examples come from.
-    tokenizers: text and image tokenizers; their hash is part of the folder's.
+    tokenizers: of the run; their hash is part of the folder's.
     cache_dir: root of all prepared datasets.
     name: the source's name in the config.
 
@@ -305,25 +305,30 @@ def _tokenise(
 ) -> list[dict[str, Any]]:
   """Turns examples into records' fields; texts and pictures in one call each."""
   vocabulary = tokenizers.vocabulary
-  size = tokenizers.image.image_size
   parts = [(e, part) for e in batch for part in e.parts]
   for example, part in parts:
-    if part.modality not in ("text", "image"):
+    if part.modality not in vocabulary.modalities:
+      advice = ""
+      if part.modality == "image":
+        advice = (
+          f"; set config.data.image_tokenizer to one, or"
+          f" config.data.sources.{source}.weight=0"
+        )
       raise UserError(
         f"source {source!r}, example {example.key!r}: no tokenizer for the"
-        f" modality {part.modality!r} (allowed: text, image)"
+        f" modality {part.modality!r} (allowed:"
+        f" {', '.join(vocabulary.modalities)}){advice}"
       )
   texts = [t for _, p in parts for t in p.alternatives if isinstance(t, str)]
   pictures = [
-    square(a, size)
-    for _, p in parts
-    for a in p.alternatives
-    if isinstance(a, np.ndarray)
+    a for _, p in parts for a in p.alternatives if isinstance(a, np.ndarray)
   ]
   text_ids = iter(tokenizers.text.encode_batch(texts) if texts else ())
-  image_ids = iter(
-    tokenizers.image.encode(np.stack(pictures)) if pictures else ()
-  )
+  image_ids = iter(())
+  if pictures:
+    image = tokenizers.pictures(f"source {source!r}")
+    squares = [square(picture, image.image_size) for picture in pictures]
+    image_ids = iter(image.encode(np.stack(squares)))
   records = []
   for example in batch:
     ids = []

@@ -93,7 +93,7 @@ def run(
       setup.data.heldout,
       setup.data.uncaptioned,
       setup.mesh,
-      codes_per_picture=setup.tokenizers.image.codes_per_image,
+      codes_per_picture=setup.tokenizers.block_lengths[-1],
     )
     results = Results(seed=config.seed, metrics=dict(row))
     splits = _captioned(setup)
