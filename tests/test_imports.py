@@ -96,7 +96,14 @@ FORBIDDEN = {
     "fusionlab.batch",
     "kernels_pallas",
   ],
-  "fusionlab.interop": ["fusionlab.data", "fusionlab.train", "fusionlab.nn"],
+  "fusionlab.interop": [
+    "fusionlab.data",
+    "fusionlab.nn",
+    "fusionlab.objectives",
+    "fusionlab.train.loop",
+    "fusionlab.train.setup",
+    "fusionlab.train.step",
+  ],
   "fusionlab.sharding": [
     "fusionlab.models",
     "fusionlab.data",

@@ -185,7 +185,8 @@ def attention_case(case: Case) -> dict[str, tuple[Any, Any]]:
     out: Any = layer.apply({"params": params}, stream, router, visibility)
     return router.leave(out)[0].reshape(-1, dim)
 
-  sizes = {"d": dim, "H": heads, "D": width, "HD": heads * width}
+  hd = heads * width
+  sizes = {"d": dim, "H": heads, "G": heads, "D": width, "HD": hd, "GD": hd}
   table = published.attention(qk_norm)
   return _compare(run, case, table, sizes, of_modality, covered)
 

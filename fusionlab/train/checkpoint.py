@@ -9,7 +9,9 @@ This is the only file that knows Orbax.
 
 import dataclasses
 import json
+import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,6 +50,7 @@ __all__ = [
   "newest",
   "read_meta",
   "restore_state",
+  "save_model",
   "steps_in",
 ]
 
@@ -124,6 +127,50 @@ def load_model(path: str | Path) -> tuple[Any, PyTree, Tokenizers]:
   )
   params = loaded.params if loaded.ema is None else loaded.ema
   return model, params, loaded.tokenizers
+
+
+def save_model(
+  folder: Path,
+  experiment: Experiment,
+  params: PyTree,
+  tokenizers: Tokenizers,
+) -> None:
+  """Writes parameters that were not trained here, as `load` reads them.
+
+  The folder is whole or not there. It holds a checkpoint of step 0 without
+  optimizer state and no run: training starts from it by
+  `config.init.checkpoint`.
+
+  Args:
+    folder: new or empty.
+    experiment: whose model the parameters are of.
+    params: nested dict of float32 arrays.
+    tokenizers: copied into the folder.
+
+  Raises:
+    UserError: the folder cannot be written.
+  """
+  try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(
+      tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-")
+    )
+  except OSError as error:
+    raise UserError(f"cannot write {folder}: {error.strerror}") from error
+  try:
+    path = partial / "checkpoints" / "0"
+    (path / "tokenizers").mkdir(parents=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save((path / "params").absolute(), params)
+    tokenizers.save(path / "tokenizers")
+    meta = _meta(experiment, tokenizers, step=0, params=params)
+    _sign(path, meta)
+    partial.chmod(0o755)
+    os.replace(partial, folder)
+  except OSError as error:
+    raise UserError(f"cannot write {folder}: {error}") from error
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def restore_state(path: Path, abstract: TrainState) -> TrainState:
@@ -221,7 +268,15 @@ class Checkpoints:
     }
     if state.ema is not None:
       items["ema"] = ocp.args.StandardSave(state.ema)
-    meta = self._meta(step, state)
+    meta = _meta(
+      self._experiment,
+      self._tokenizers,
+      step=step,
+      params=state.params,
+      ema=state.ema is not None,
+      group_rows=self._group_rows,
+      sources=self._sources,
+    )
     self._manager.save(step, args=ocp.args.Composite(**items))
     self._thread = threading.Thread(
       target=self._finish, args=(step, meta), name=f"sign-checkpoint-{step}"
@@ -251,25 +306,6 @@ class Checkpoints:
     finally:
       self._manager.close()
 
-  def _meta(self, step: int, state: TrainState) -> dict[str, Any]:
-    vocabulary = self._tokenizers.vocabulary
-    return {
-      "format": FORMAT,
-      "step": step,
-      "seed": self._experiment.train.seed,
-      "group_rows": self._group_rows,
-      "ema": state.ema is not None,
-      "config": to_mapping(self._experiment),
-      "vocabulary": {
-        name: [vocabulary.offset(k), vocabulary.ends[k]]
-        for k, name in enumerate(vocabulary.modalities)
-      },
-      "tokenizers": self._tokenizers.hash,
-      "sources": self._sources,
-      "packages": package_versions(),
-      "parameters": _describe(state.params),
-    }
-
   def _finish(self, step: int, meta: dict[str, Any]) -> None:
     try:
       self._manager.wait_until_finished()
@@ -277,16 +313,48 @@ class Checkpoints:
       if jax.process_index() == 0:
         (path / "tokenizers").mkdir()
         self._tokenizers.save(path / "tokenizers")
-        write_atomic(path / META, json.dumps(meta, indent=1))
-        write_atomic(
-          path / SUMS, json.dumps({"sha256": checksums(path)}, indent=1)
-        )
+        _sign(path, meta)
       for old in sorted(self._manager.all_steps())[: -self.keep]:
         if jax.process_index() == 0:
           (self.folder / str(old) / SUMS).unlink(missing_ok=True)
         self._manager.delete(old)
     except BaseException as error:  # handed to the main thread by wait()
       self._error = error
+
+
+def _meta(
+  experiment: Experiment,
+  tokenizers: Tokenizers,
+  *,
+  step: int,
+  params: PyTree,
+  ema: bool = False,
+  group_rows: int = 0,
+  sources: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+  vocabulary = tokenizers.vocabulary
+  return {
+    "format": FORMAT,
+    "step": step,
+    "seed": experiment.train.seed,
+    "group_rows": group_rows,
+    "ema": ema,
+    "config": to_mapping(experiment),
+    "vocabulary": {
+      name: [vocabulary.offset(k), vocabulary.ends[k]]
+      for k, name in enumerate(vocabulary.modalities)
+    },
+    "tokenizers": tokenizers.hash,
+    "sources": dict(sources or {}),
+    "packages": package_versions(),
+    "parameters": _describe(params),
+  }
+
+
+def _sign(path: Path, meta: Mapping[str, Any]) -> None:
+  """Writes what makes a folder believed: the meta, then the checksums."""
+  write_atomic(path / META, json.dumps(meta, indent=1))
+  write_atomic(path / SUMS, json.dumps({"sha256": checksums(path)}, indent=1))
 
 
 def _rest(state: TrainState) -> dict[str, Any]:

@@ -118,14 +118,13 @@ def yarn_scaling(
   return frequency * (1 - shrunk) + frequency / factor * shrunk
 
 
-def yarn_magnitude(factor: float, scale: float = 1.0) -> float:
+def yarn_magnitude(factor: float) -> float:
   """What YaRN multiplies cosine and sine by (arXiv 2309.00071), §3.4, Eq. 15.
 
   Args:
     factor: how much longer documents become.
-    scale: of the logarithm; 1 in the paper.
   """
-  return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+  return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def rotate(
