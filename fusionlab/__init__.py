@@ -18,6 +18,7 @@ if TYPE_CHECKING:
   from fusionlab.models.transformer import build_model as build_model
   from fusionlab.objectives import build_objective as build_objective
   from fusionlab.train.checkpoint import load_model
+  from fusionlab.train.initial import add_tower as add_tower
   from fusionlab.train.state import init_state as init_state
   from fusionlab.train.step import make_train_step as make_train_step
 
@@ -30,6 +31,7 @@ _PUBLIC = {
   "Experiment": "fusionlab.experiment:Experiment",
   "UserError": "fusionlab.errors:UserError",
   "Vocabulary": "fusionlab.batch:Vocabulary",
+  "add_tower": "fusionlab.train.initial:add_tower",
   "batch_of_ids": "fusionlab.batch:batch_of_ids",
   "build_model": "fusionlab.models.transformer:build_model",
   "build_objective": "fusionlab.objectives:build_objective",

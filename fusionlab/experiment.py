@@ -13,7 +13,8 @@ from fusionlab.models.config import TransformerConfig
 from fusionlab.objectives import OBJECTIVES
 from fusionlab.objectives.next_token import NextTokenConfig
 from fusionlab.sharding.mesh import MeshConfig
-from fusionlab.train.config import OptimizerConfig, TrainConfig
+from fusionlab.towers import parse_by_tower, parse_towers
+from fusionlab.train.config import InitConfig, OptimizerConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Experiment:
   )
   data: DataConfig = option(DataConfig, "documents, rows and groups")
   optimizer: OptimizerConfig = option(OptimizerConfig, "AdamW and schedule")
+  init: InitConfig = option(InitConfig, "the first parameters")
   train: TrainConfig = option(TrainConfig, "the loop")
   evaluate: EvaluateConfig = option(
     EvaluateConfig, "scores and samples of a trained model"
@@ -49,6 +51,10 @@ class Experiment:
 
   def check(self, path: str) -> None:
     """Rules that join two sections."""
+    towers, optimizer = self.model.routed_towers, self.optimizer
+    parse_towers(optimizer.freeze, towers, "optimizer.freeze")
+    for key in ("learning_rate_of", "weight_decay_of"):
+      parse_by_tower(getattr(optimizer, key), towers, f"optimizer.{key}")
     rows, groups = self.train.batch_size, self.data.group_rows
     if groups and (rows // self.train.accumulate) % groups:
       raise ConfigError(

@@ -5,9 +5,13 @@ Source: Mixture-of-Transformers (arXiv 2411.04996), Eq. 1-3: all of them; MoMa
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
-from fusionlab.errors import UserError, nearest
+from fusionlab.errors import ConfigError, UserError, nearest
+
+# Parameters that no tower has of its own.
+SHARED = "shared"
 
 UNTIE_NAMES = (
   "q", "k", "v", "o", "qk_norm", "mixer_norm", "ffn", "ffn_norm", "final_norm",
@@ -99,7 +103,7 @@ class Towers:
     names = tower_names(modalities, towers)
     untied = parse_untie(untie)
     if len(names) == 1 or not untied:
-      return cls(("shared",), (0,) * len(towers), frozenset())
+      return cls((SHARED,), (0,) * len(towers), frozenset())
     return cls(names, tuple(towers), untied)
 
   @property
@@ -109,8 +113,82 @@ class Towers:
 
   def leaves(self, name: str) -> tuple[str, ...]:
     """Tree names under which the parameter `name` is kept."""
-    return self.names if name in self.untied else ("shared",)
+    return self.names if name in self.untied else (SHARED,)
 
   def routes(self, *names: str) -> bool:
     """Whether a sub-layer with these parameters works in routed order."""
     return not self.untied.isdisjoint(names)
+
+
+def tower_of(path: Sequence[str], towers: Towers) -> str:
+  """Tower whose parameter a path of the tree is; `SHARED` where it is nobody's.
+
+  Args:
+    path: keys, e.g. ("layers", "ffn", "image", "w_in").
+    towers: of the model.
+  """
+  return next((key for key in path[:-1] if key in towers.names), SHARED)
+
+
+def parse_towers(text: str, towers: Towers, key: str) -> list[str]:
+  """Reads a string of tower names.
+
+  Args:
+    text: names separated by spaces; '' is none.
+    towers: of the model; `SHARED` is a name too.
+    key: of the config, for messages.
+
+  Raises:
+    ConfigError: a name that the model does not have, with the nearest, or one
+      given twice.
+  """
+  return [name for name, _ in _entries(text, towers, key, valued=False)]
+
+
+def parse_by_tower(text: str, towers: Towers, key: str) -> dict[str, float]:
+  """Reads a number for some towers, such as 'text:0.1 image:1'.
+
+  Args:
+    text: tower:number, separated by spaces; '' is none.
+    towers: of the model; `SHARED` is a name too.
+    key: of the config, for messages.
+
+  Raises:
+    ConfigError: a name that the model does not have, with the nearest, one given
+      twice, or a number that is none or negative.
+  """
+  numbers = {}
+  for name, value in _entries(text, towers, key, valued=True):
+    try:
+      numbers[name] = float(value)
+    except ValueError:
+      numbers[name] = math.nan
+    if not 0 <= numbers[name] < math.inf:
+      raise ConfigError(
+        f"config.{key}={text!r}: {value!r} is not a number from 0; write e.g."
+        f" '{name}:0.1'"
+      )
+  return numbers
+
+
+def _entries(
+  text: str, towers: Towers, key: str, *, valued: bool
+) -> list[tuple[str, str]]:
+  known = dict.fromkeys((*towers.names, SHARED))
+  found: dict[str, str] = {}
+  for word in text.split():
+    name, colon, value = word.partition(":")
+    if name not in known:
+      raise ConfigError(
+        f"config.{key}={text!r}: the model has no tower"
+        f" {name!r}{nearest(name, known)}; it has {', '.join(known)}"
+      )
+    if bool(colon) != valued:
+      example = f"{name}:0.1" if valued else name
+      raise ConfigError(
+        f"config.{key}={text!r}: {word!r} is not of the form {example!r}"
+      )
+    if name in found:
+      raise ConfigError(f"config.{key}={text!r} names {name!r} twice")
+    found[name] = value
+  return list(found.items())

@@ -49,6 +49,17 @@ class OptimizerConfig:
   no_decay: str = option(
     r"(norm|\bembed)", "regular expression of parameter paths without decay"
   )
+  freeze: str = option(
+    "",
+    "towers that are not trained, e.g. 'text', with their ids' rows of the"
+    " tables; shared: what no tower has of its own",
+  )
+  learning_rate_of: str = option(
+    "", "factors on the learning rate by tower, e.g. 'text:0.1'"
+  )
+  weight_decay_of: str = option(
+    "", "weight decay of some towers in its place, e.g. 'text:0 image:0.2'"
+  )
   clip_norm: float = option(
     1.0,
     "global gradient norm above which it is scaled down; 0: never",
@@ -60,6 +71,40 @@ class OptimizerConfig:
     minimum=0.0,
     maximum=1.0,
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+  """Where the first parameters come from; a resumed run does not look."""
+
+  checkpoint: str = option(
+    "",
+    "workdir or checkpoint whose parameters training starts from, without its"
+    " steps and moments; '' draws them",
+  )
+  add_towers: str = option(
+    "",
+    "towers that the checkpoint lacks, each with the one it starts as a copy"
+    " of, e.g. 'speech:text'; 'speech:random' draws it",
+  )
+  copy_towers: str = option(
+    "",
+    "towers that start as a copy of another where nothing is loaded, e.g."
+    " 'image:text'",
+  )
+
+  def check(self, path: str) -> None:
+    """Raises ConfigError where one key needs another."""
+    if self.add_towers and not self.checkpoint:
+      raise ConfigError(
+        f"{path}.add_towers={self.add_towers!r} adds to a checkpoint, but"
+        f" {path}.checkpoint is empty; {path}.copy_towers is for new parameters"
+      )
+    if self.copy_towers and self.checkpoint:
+      raise ConfigError(
+        f"{path}.copy_towers={self.copy_towers!r} is for new parameters; with"
+        f" {path}.checkpoint use {path}.add_towers"
+      )
 
 
 @dataclasses.dataclass(frozen=True)

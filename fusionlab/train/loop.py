@@ -324,13 +324,14 @@ class _Run:
 
   def _evaluate(self, *, limit: int) -> None:
     several = jax.process_count() > 1
+    image = self.setup.tokenizers.image
     row: Row = evaluate(
       self.steps.eval_step,
       self.state.eval_params,
       self.setup.data.heldout,
       self.setup.data.uncaptioned,
       self.setup.mesh,
-      codes_per_picture=self.setup.tokenizers.image.codes_per_image,
+      codes_per_picture=image.codes_per_image if image else 0,
       limit=limit,
       # Processes that stopped at different batches would wait for ever.
       should_stop=lambda: bool(self.signals.reason) and not several,

@@ -6,7 +6,8 @@ arXiv 2404.06395, §4.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -131,7 +132,13 @@ def scale_by_step(
 
 
 def make_optimizer(
-  config: OptimizerConfig, schedule: Schedule, *, axes: PyTree = None
+  config: OptimizerConfig,
+  schedule: Schedule,
+  *,
+  axes: PyTree = None,
+  towers: PyTree = None,
+  rates: Mapping[str, float] = MappingProxyType({}),
+  decays: Mapping[str, float] = MappingProxyType({}),
 ) -> optax.GradientTransformationExtraArgs:
   """Builds clip → Adam or Muon → decoupled decay → rate.
 
@@ -142,6 +149,9 @@ def make_optimizer(
     schedule: see `make_schedule`; `update` takes `step=` as an extra argument.
     axes: tree of each parameter's axis names (`model.param_axes()`), which Muon
       needs.
+    towers: tree of each parameter's tower, for `rates` and `decays`.
+    rates: tower -> factor on the rate, its decay's share included.
+    decays: tower -> weight decay in place of `config.weight_decay`.
 
   Raises:
     ConfigError: `no_decay` is not a regular expression.
@@ -171,10 +181,43 @@ def make_optimizer(
     )
   else:
     parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
-  if config.weight_decay:
+  if decays:
+    decay_of = jax.tree.map(
+      lambda tower: decays.get(tower, config.weight_decay), towers
+    )
+    parts.append(optax.masked(_add_decayed(decay_of), mask))
+  elif config.weight_decay:
     parts.append(optax.add_decayed_weights(config.weight_decay, mask))
   parts.append(scale_by_step(schedule))
+  if rates:
+    factors = jax.tree.map(lambda tower: rates.get(tower, 1.0), towers)
+    parts.append(
+      optax.stateless(
+        lambda updates, _: jax.tree.map(
+          lambda u, factor: u * factor, updates, factors
+        )
+      )
+    )
   return optax.chain(*parts)
+
+
+def _add_decayed(decay_of: PyTree) -> optax.GradientTransformation:
+  """Adds each parameter times its own decay; `masked` leaves some out."""
+
+  def update(updates: PyTree, params: PyTree) -> PyTree:
+    return jax.tree.map(
+      lambda u, p, decay: u if _left_out(u) else u + decay * p,
+      updates,
+      params,
+      decay_of,
+      is_leaf=_left_out,
+    )
+
+  return optax.stateless(update)
+
+
+def _left_out(leaf: Any) -> bool:
+  return isinstance(leaf, optax.MaskedNode)
 
 
 def muon_matrices(axes: PyTree) -> PyTree:

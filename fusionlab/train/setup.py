@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from fusionlab.analysis.devices import peak_flops
 from fusionlab.data import open_data
@@ -17,11 +18,15 @@ from fusionlab.objectives import build_objective
 from fusionlab.sharding import rules
 from fusionlab.sharding.mesh import make_mesh
 from fusionlab.tokenizers import Tokenizers, load_tokenizers
+from fusionlab.towers import parse_by_tower
+from fusionlab.train.initial import drawing, grown_params
 from fusionlab.train.optimizer import make_optimizer, make_schedule
+from fusionlab.train.partition import make_partition
 from fusionlab.train.state import (
   TrainState,
   abstract_state,
   init_state,
+  new_state,
   state_shardings,
   stream,
 )
@@ -88,16 +93,51 @@ def build_steps(setup: Setup) -> Steps:
   """Builds the steps of a setup; compiles and allocates nothing."""
   experiment, mesh = setup.experiment, setup.mesh
   config = experiment.train
+  model, vocabulary = setup.model, setup.data.vocabulary
   schedule = make_schedule(experiment.optimizer, config.schedule_steps)
-  axes = setup.model.param_axes()
-  optimizer = make_optimizer(experiment.optimizer, schedule, axes=axes)
+  partition = make_partition(experiment.optimizer, model, vocabulary)
+  axes = model.param_axes()
+  trained_axes = axes if partition is None else partition.trained_axes
+  optimizer = make_optimizer(
+    experiment.optimizer,
+    schedule,
+    axes=trained_axes,
+    towers=None if partition is None else partition.trained_towers,
+    rates=_by_tower(experiment, "learning_rate_of"),
+    decays=_by_tower(experiment, "weight_decay_of"),
+  )
   keeps_ema = experiment.optimizer.ema_decay > 0
-  abstract = abstract_state(setup.model.init_params, optimizer, ema=keeps_ema)
+
+  def trained(params: PyTree) -> PyTree:
+    return params if partition is None else partition.split(params)[0]
+
+  abstract = abstract_state(
+    model.init_params, optimizer, ema=keeps_ema, trained=trained
+  )
+  trained_shardings = rules.param_shardings(
+    trained_axes, jax.eval_shape(trained, abstract.params), mesh
+  )
   shardings = state_shardings(
     abstract,
     rules.param_shardings(axes, abstract.params, mesh),
     rules.replicated(mesh),
+    trained=trained_shardings,
   )
+
+  def init() -> TrainState:
+    key = stream(config.seed, "params")
+    options: dict[str, Any] = {"ema": keeps_ema, "trained": trained}
+    if not experiment.init.checkpoint:
+      draw = drawing(experiment.init, model)
+      return init_state(draw, optimizer, key, shardings=shardings, **options)
+    params = grown_params(experiment.init, model, setup.tokenizers, key)
+    start = jax.jit(
+      lambda params: new_state(params, optimizer, **options),
+      donate_argnums=0,
+      out_shardings=shardings,
+    )
+    return start(jax.device_put(params, shardings.params))
+
   return Steps(
     abstract=abstract,
     shardings=shardings,
@@ -110,17 +150,21 @@ def build_steps(setup: Setup) -> Steps:
       ema_decay=experiment.optimizer.ema_decay,
       accumulate=config.accumulate,
       on_nonfinite=config.on_nonfinite,
+      partition=partition,
       shardings=shardings,
+      trained_shardings=trained_shardings,
       mesh=mesh,
     ),
     eval_step=make_eval_step(setup.model, setup.objective, mesh=mesh),
-    init=lambda: init_state(
-      setup.model.init_params,
-      optimizer,
-      stream(config.seed, "params"),
-      ema=keeps_ema,
-      shardings=shardings,
-    ),
+    init=init,
+  )
+
+
+def _by_tower(experiment: Experiment, key: str) -> dict[str, float]:
+  return parse_by_tower(
+    getattr(experiment.optimizer, key),
+    experiment.model.routed_towers,
+    f"optimizer.{key}",
   )
 
 

@@ -54,17 +54,30 @@ def stream(seed: int, name: str) -> jax.Array:
   )
 
 
-def _new_state(
-  init_params: Callable[[jax.Array], PyTree],
+def _whole(params: PyTree) -> PyTree:
+  """What is trained where nothing is frozen."""
+  return params
+
+
+def new_state(
+  params: PyTree,
   optimizer: optax.GradientTransformation,
-  ema: bool,
-  key: jax.Array,
+  *,
+  ema: bool = False,
+  trained: Callable[[PyTree], PyTree] = _whole,
 ) -> TrainState:
-  params = init_params(key)
+  """The state before the first step, of given parameters.
+
+  Args:
+    params: the tree of parameters.
+    optimizer: the optax transformation.
+    ema: whether a moving average of the parameters is kept.
+    trained: what of the parameters the optimizer sees.
+  """
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    opt_state=optimizer.init(params),
+    opt_state=optimizer.init(trained(params)),
     # A copy: two donated arguments may not share one buffer.
     ema=jax.tree.map(jnp.copy, params) if ema else None,
     skipped=jnp.zeros((), jnp.int32),
@@ -76,6 +89,7 @@ def abstract_state(
   optimizer: optax.GradientTransformation,
   *,
   ema: bool = False,
+  trained: Callable[[PyTree], PyTree] = _whole,
 ) -> TrainState:
   """Describes the state by shapes and dtypes, allocating nothing.
 
@@ -83,24 +97,34 @@ def abstract_state(
     init_params: key → tree of parameters.
     optimizer: the optax transformation.
     ema: whether a moving average of the parameters is kept.
+    trained: what of the parameters the optimizer sees.
   """
   return jax.eval_shape(
-    lambda: _new_state(init_params, optimizer, ema, jax.random.key(0))
+    lambda: new_state(
+      init_params(jax.random.key(0)), optimizer, ema=ema, trained=trained
+    )
   )
 
 
 def state_shardings(
-  abstract: TrainState, params: PyTree, replicated: NamedSharding
+  abstract: TrainState,
+  params: PyTree,
+  replicated: NamedSharding,
+  *,
+  trained: PyTree = None,
 ) -> TrainState:
   """Gives every leaf of the state its sharding.
 
   Args:
     abstract: see `abstract_state`.
-    params: the parameters' shardings; moments and the moving average inherit
-      them.
+    params: the parameters' shardings, which the moving average inherits.
     replicated: for counters.
+    trained: shardings of what the optimizer sees, which moments inherit; None:
+      of all parameters.
   """
-  by_path = dict(jax.tree_util.tree_leaves_with_path(params))
+  by_path = dict(
+    jax.tree_util.tree_leaves_with_path(params if trained is None else trained)
+  )
 
   def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
     """A moment's path ends with its parameter's."""
@@ -125,6 +149,7 @@ def init_state(
   key: jax.Array,
   *,
   ema: bool = False,
+  trained: Callable[[PyTree], PyTree] = _whole,
   shardings: TrainState | None = None,
 ) -> TrainState:
   """Creates the state, each device making only its own shards.
@@ -134,13 +159,15 @@ def init_state(
     optimizer: the optax transformation.
     key: the root of the 'params' stream.
     ema: whether a moving average of the parameters is kept.
+    trained: what of the parameters the optimizer sees.
     shardings: see `state_shardings`; None leaves it on the default device.
   """
   options: dict[str, Any] = {}
   if shardings is not None:
     options["out_shardings"] = shardings
   create = jax.jit(
-    lambda k: _new_state(init_params, optimizer, ema, k), **options
+    lambda k: new_state(init_params(k), optimizer, ema=ema, trained=trained),
+    **options,
   )
   return create(key)
 

@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 
 from fusionlab.batch import Batch
 from fusionlab.sharding import rules
+from fusionlab.train.partition import Partition
 from fusionlab.train.state import TrainState, stream
 
 Metrics = dict[str, Any]
@@ -57,7 +58,9 @@ def make_train_step(
   ema_decay: float = 0.0,
   accumulate: int = 1,
   on_nonfinite: str = "stop",
+  partition: Partition | None = None,
   shardings: TrainState | None = None,
+  trained_shardings: PyTree = None,
   mesh: Mesh | None = None,
 ) -> TrainStep:
   """Builds `train_step(state, batch) -> (state, metrics)`, jitted.
@@ -76,7 +79,10 @@ def make_train_step(
     on_nonfinite: 'skip' keeps the old parameters and moments of a step whose
       loss or gradient is not finite; 'stop' leaves that to the caller, who
       reads `metrics['finite']`.
+    partition: which parameters the optimizer sees; the others are not
+      differentiated. None: all of them.
     shardings: of the state; None leaves placement to the arguments.
+    trained_shardings: of what the optimizer sees; None: of all parameters.
     mesh: the devices of `shardings`; both or neither.
 
   Returns:
@@ -87,15 +93,27 @@ def make_train_step(
   """
   optimizer = optax.with_extra_args_support(optimizer)
   shards = 1 if mesh is None else rules.data_shards(mesh)
+  if shardings is not None and trained_shardings is None:
+    trained_shardings = shardings.params
+
+  def split(params):
+    return (params, None) if partition is None else partition.split(params)
+
+  def merge(trained, frozen):
+    return trained if partition is None else partition.merge(trained, frozen)
 
   def gradients(params, batch, key):
-    def loss(params):
-      means = objective(model, params, batch, train=True, dropout_key=key)
+    trained, frozen = split(params)
+
+    def loss(trained):
+      means = objective(
+        model, merge(trained, frozen), batch, train=True, dropout_key=key
+      )
       return means["loss"].total, means
 
-    (_, means), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    if shardings is not None:
-      grads = jax.lax.with_sharding_constraint(grads, shardings.params)
+    (_, means), grads = jax.value_and_grad(loss, has_aux=True)(trained)
+    if trained_shardings is not None:
+      grads = jax.lax.with_sharding_constraint(grads, trained_shardings)
     return grads, means
 
   def accumulated(params, batch, key):
@@ -127,12 +145,13 @@ def make_train_step(
     count = jnp.maximum(means["loss"].count, 1)
     grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
     norm = optax.tree.norm(grads)
+    trained, frozen = split(state.params)
     updates, opt_state = optimizer.update(
-      grads, state.opt_state, state.params, step=state.step
+      grads, state.opt_state, trained, step=state.step
     )
     finite = jnp.isfinite(norm) & jnp.isfinite(means["loss"].total)
     finite &= jnp.isfinite(optax.tree.norm(updates))
-    params = optax.apply_updates(state.params, updates)
+    params = merge(optax.apply_updates(trained, updates), frozen)
     ema = state.ema
     if ema is not None:
       ema = optax.incremental_update(params, ema, 1 - ema_decay)
