@@ -121,7 +121,7 @@ class Vocabulary:
     ends = jnp.asarray(self.ends, ids.dtype)
     return (ids[..., None] >= ends).sum(-1, dtype=jnp.int32)
 
-  def places_of(self, old: "Vocabulary") -> Int[np.ndarray, " old.size"]:
+  def places_of(self, old: "Vocabulary") -> Int[np.ndarray, "{old.size}"]:
     """Where the ids of an older vocabulary are in this one.
 
     A modality keeps its name and its ids; the text may have got longer at its
