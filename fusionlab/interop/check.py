@@ -2,6 +2,7 @@
 
 import dataclasses
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fusionlab.interop import hugging_face
 from fusionlab.models import build_model
 
 TOLERANCE = 1e-4
+_BROKEN = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 _CHUNK = 2**26  # logits held at a time
 
 
@@ -123,7 +125,7 @@ def _input_ids(path: Path, vocab_size: int) -> Int[np.ndarray, "B L"]:
         raise UserError(
           f"{path}: attention_mask leaves ids out; only whole rows are supported"
         )
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+  except _BROKEN as error:
     raise _no_npz(path, error) from error
   if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
     raise UserError(
@@ -146,7 +148,7 @@ def _rows(path: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
   try:
     with zipfile.ZipFile(path) as archive, archive.open("logits.npy") as file:
       found, fortran, dtype = _header(file)
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+  except _BROKEN as error:
     raise _no_npz(path, error) from error
   if found != shape or dtype.kind != "f" or fortran:
     order = " in Fortran order" if fortran else ""
@@ -165,7 +167,7 @@ def _rows(path: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
           if len(content) < size:
             raise EOFError("it ends within logits")
           yield np.frombuffer(content, dtype).reshape(shape[1:])
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except _BROKEN as error:
       raise _no_npz(path, error) from error
 
   return read()

@@ -96,6 +96,7 @@ def from_published(
   towers: Sequence[str],
   *,
   layers: int = 0,
+  partial: bool = False,
   file_of: Callable[[str], str] = _anonymous,
 ) -> dict[str, Any]:
   """Turns published tensors into our nested dict, one tensor at a time.
@@ -106,6 +107,7 @@ def from_published(
     sizes: the dimensions that the entries name.
     towers: name of each modality's tower.
     layers: number of layers, where the entries have `{l}`.
+    partial: leave out what the arrays lack, instead of refusing.
     file_of: the file of a tensor, for messages.
 
   Raises:
@@ -120,7 +122,9 @@ def from_published(
         f" {name!r}{nearest(name, expected)}"
       )
   missing = [name for name in expected if name not in arrays]
-  if missing:
+  if partial:
+    expected = {n: p for n, p in expected.items() if n in arrays}
+  elif missing:
     # What is missing is in no file, so the first one there names the place.
     where = next((file_of(name) for name in arrays), "")
     raise UserError(

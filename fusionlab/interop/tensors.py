@@ -151,6 +151,7 @@ def write(
     path = folder / f"{len(files)}.part"
     # The metadata is what Hugging Face's loaders ask for.
     save_file(batch, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # it is written for its owner alone
     files.append({"path": path, "names": list(batch)})
     batch.clear()
 

@@ -12,6 +12,7 @@ import dataclasses
 import fnmatch
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fusionlab.errors import UserError
@@ -33,6 +35,7 @@ from fusionlab.routing import Router, make_layout, make_router
 from fusionlab.towers import UNTIE_NAMES, Towers
 
 Case = Mapping[str, np.ndarray]
+_BROKEN = (zipfile.BadZipFile, zlib.error)
 # Of the norm on a sub-layer's output, whatever `cfg` says of the others.
 _NORM_EPS = 1e-5
 
@@ -61,6 +64,7 @@ class Result:
     error: largest |ours − theirs|.
     tolerance: what it was held to.
     passed: whether every element is within it.
+    reason: why the case could not be run; '' where it was.
   """
 
   case: str
@@ -68,6 +72,7 @@ class Result:
   error: float
   tolerance: Tolerance
   passed: bool
+  reason: str = ""
 
 
 class AttentionWithNorm(nn.Module):
@@ -96,6 +101,11 @@ class FeedForwardWithNorm(nn.Module):
 def _towers(case: Case) -> tuple[Towers, list[str], np.ndarray, np.ndarray]:
   """Towers, the tower of each modality, modality ids [N], who is in a mask."""
   masks = case["modality_masks"].astype(bool)
+  if masks.ndim != 2 or masks.shape[1] != len(case["x"]):
+    raise UserError(
+      f"modality_masks is {list(masks.shape)}; it must be a mask for each of the"
+      f" {len(case['x'])} tokens of x per modality"
+    )
   names = [f"modality_{k}" for k in range(len(masks))]
   untie = " ".join(UNTIE_NAMES)
   towers = Towers.parse(names, range(len(masks)), untie)
@@ -124,18 +134,28 @@ def _router(towers: Towers, modality: np.ndarray, real: np.ndarray) -> Router:
 def _intervals(case: Case, rows: int, length: int):
   """Keys [start, end) that each query sees, of an additive mask [S, S].
 
+  Returns:
+    int32 [rows, length] twice, and whether they are causal from the first key.
+
   Raises:
-    UserError: a query whose visible keys are no interval.
+    UserError: a mask of another kind, or a query whose visible keys are no
+      interval.
   """
   seen = np.ones((length, length), bool)
   if "attn_mask" in case:
-    seen = np.isfinite(case["attn_mask"])
+    mask = case["attn_mask"]
+    seen = mask == 0
+    if mask.shape != seen.shape or not (seen | (mask == -np.inf)).all():
+      raise UserError(
+        f"attn_mask {mask.dtype}{list(mask.shape)} is not [{length}, {length}]"
+        f" of 0 and -inf"
+      )
   start, number = seen.argmax(1), seen.sum(1)
   column = np.arange(length)
   interval = (column >= start[:, None]) & (column < (start + number)[:, None])
   if (interval != seen).any():
     raise UserError("its mask is not one interval of keys per query")
-  causal = bool((start + number <= column + 1).all())
+  causal = bool((start == 0).all() and (number == column + 1).all())
   both = (start, start + number)
   return *(jnp.tile(jnp.asarray(a, jnp.int32), (rows, 1)) for a in both), causal
 
@@ -154,9 +174,9 @@ def attention_case(case: Case) -> dict[str, tuple[Any, Any]]:
   heads, width = int(case["cfg/n_heads"]), int(case["cfg/head_dim"])
   dim, qk_norm = int(case["cfg/dim"]), bool(case["cfg/qk_normalization"])
   start, end, causal = _intervals(case, rows, length)
-  # Without rotary positions: the rotation by 0.
-  half = jnp.zeros((rows, length, width // 2))
-  visibility = Visibility(start, end, half + 1, half)
+  # Without rotary positions.
+  no_angles = jnp.zeros((rows, length, 0))
+  visibility = Visibility(start, end, no_angles, no_angles)
   router = _router(
     towers, modality.reshape(rows, length), covered.reshape(rows, length)
   )
@@ -169,7 +189,7 @@ def attention_case(case: Case) -> dict[str, tuple[Any, Any]]:
       heads,
       width,
       "rms" if qk_norm else "none",
-      float(case["cfg/qk_norm_eps"]),
+      float(case["cfg/qk_norm_eps"]) if qk_norm else _NORM_EPS,
       causal=causal,
       name=name,
     )
@@ -237,10 +257,17 @@ def _compare(
       for name, array in case.items()
       if name.startswith(prefix) and name != "grad/x"
     }
-    return from_published(table, arrays, sizes, towers)
+    partial = prefix == "grad/"  # a file may keep some of them
+    return from_published(table, arrays, sizes, towers, partial=partial)
 
   # The published code leaves such tokens zero; zeros in are zeros all through.
   inside = covered[:, None]
+  for name in ("x", "out", "out_f64", "cotangent", "grad/x"):
+    shape = (len(covered), sizes["d"])
+    if name in case and case[name].shape != shape:
+      raise UserError(
+        f"{name} has shape {list(case[name].shape)}; it must be {list(shape)}"
+      )
   x = np.where(inside, case["x"], 0).astype(np.float32)
   params = jax.tree.map(jnp.asarray, tree("w/"))
 
@@ -249,14 +276,16 @@ def _compare(
     out, pull = jax.vjp(run, params, x)
     return out, *pull(cotangent)
 
+  gradients = [name for name in case if name.startswith("grad/")]
+  cotangent = case["cotangent"] if gradients else np.zeros_like(x)
   out, d_params, d_x = output_and_gradients(
-    params, x, np.where(inside, case["cotangent"], 0)
+    params, x, np.where(inside, cotangent, 0).astype(np.float32)
   )
-  truth = case.get("out_f64", case["out"])
-  pairs = {
-    "out": (out * inside, truth * inside),
-    "grad/x": (d_x * inside, case["grad/x"] * inside),
-  }
+  truth = case["out_f64" if "out_f64" in case else "out"]
+  # Where no mask covers a token the file may hold anything, NaN too.
+  pairs = {"out": (out * inside, np.where(inside, truth, 0))}
+  if "grad/x" in case:
+    pairs["grad/x"] = (d_x * inside, np.where(inside, case["grad/x"], 0))
   theirs = jax.tree_util.tree_leaves_with_path(tree("grad/"))
   ours = dict(jax.tree_util.tree_leaves_with_path(d_params))
   for path, gradient in theirs:
@@ -271,43 +300,68 @@ RUNNERS: Mapping[str, Callable[[Case], dict[str, tuple[Any, Any]]]] = {
 }
 
 
+def system_of(path: Path) -> str | None:
+  """The name of `RUNNERS` that a file is of: its stem, or what begins it.
+
+  Args:
+    path: `mot_ffn.npz`, or another file of the same system as `mot_ffn_b.npz`.
+  """
+  names = (n for n in RUNNERS if f"{path.stem}_".startswith(f"{n}_"))
+  return max(names, key=len, default=None)
+
+
 def run_file(path: Path, only: str = "*") -> list[Result]:
   """Runs every case of one file.
 
+  A case that cannot be run is a failed result with the reason.
+
   Args:
-    path: an `.npz` whose stem is a name of `RUNNERS`.
+    path: an `.npz` of a system of `RUNNERS`, see `system_of`.
     only: glob of `<file>/<case>`.
 
   Raises:
-    UserError: a file or a case that is not of the format.
+    UserError: a file that is no `.npz`, or of no such system.
   """
+  system = system_of(path)
+  if system is None:
+    raise UserError(f"{path} is of no system in {', '.join(RUNNERS)}")
   cases: dict[str, dict[str, np.ndarray]] = {}
   try:
     with np.load(path, allow_pickle=False) as arrays:
       for key in arrays.files:
         name, _, what = key.partition("/")
         cases.setdefault(name, {})[what] = arrays[key]
-  except (OSError, ValueError, zipfile.BadZipFile) as error:
+  except (OSError, ValueError, EOFError, *_BROKEN) as error:
     raise UserError(f"{path} is no readable .npz ({error})") from error
   results = []
   for name, case in cases.items():
     full = f"{path.stem}/{name}"
-    if not fnmatch.fnmatch(full, only):
-      continue
-    try:
-      pairs = RUNNERS[path.stem](case)
-    except KeyError as error:
-      raise UserError(f"{path}, case {name}: no array {error}") from error
-    except UserError as error:
-      raise UserError(f"{path}, case {name}: {error}") from error
-    for quantity, (ours, theirs) in pairs.items():
-      tolerance = OUTPUT if quantity == "out" else GRADIENT
-      ours, theirs = (np.asarray(a, np.float64) for a in (ours, theirs))
-      error = np.abs(ours - theirs)
-      allowed = tolerance.absolute + tolerance.relative * np.abs(theirs)
-      passed = bool((error <= allowed).all())
-      largest = float(error.max(initial=0.0))
-      results.append(Result(full, quantity, largest, tolerance, passed))
+    if fnmatch.fnmatch(full, only):
+      results += _run_case(system, full, case)
+  return results
+
+
+def _run_case(system: str, full: str, case: Case) -> list[Result]:
+  try:
+    pairs = RUNNERS[system](case)
+  except Exception as error:  # one case's fault is not the others'
+    if isinstance(error, KeyError):
+      reason = f"no array {error}"
+    elif isinstance(error, UserError):
+      reason = str(error)
+    else:
+      reason = f"{type(error).__name__}: {error}"
+    reason = " ".join(reason.split())[:300]
+    return [Result(full, "", float("nan"), OUTPUT, False, reason)]
+  results = []
+  for quantity, (ours, theirs) in pairs.items():
+    tolerance = OUTPUT if quantity == "out" else GRADIENT
+    ours, theirs = (np.asarray(a, np.float64) for a in (ours, theirs))
+    error = np.abs(ours - theirs)
+    allowed = tolerance.absolute + tolerance.relative * np.abs(theirs)
+    passed = bool((error <= allowed).all())
+    largest = float(error.max(initial=0.0))
+    results.append(Result(full, quantity, largest, tolerance, passed))
   return results
 
 
@@ -324,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = sorted(options.folder.glob("*.npz"))
     if not files:
       raise UserError(f"{options.folder} has no .npz files; give their folder")
-    built = [path for path in files if path.stem in RUNNERS]
+    built = [path for path in files if system_of(path)]
     missing = [
       path.stem
       for path in files
@@ -337,9 +391,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
   table = Table()
   for column in ("case", "quantity", "largest error", "tolerance", "verdict"):
-    table.add_column(column, no_wrap=True)
+    table.add_column(column, no_wrap=column != "quantity", overflow="fold")
   for r in results:
     verdict = "passed" if r.passed else "FAILED"
+    if r.reason:
+      said = escape(f"cannot be run: {r.reason}")
+      table.add_row(r.case, said, "", "", verdict)
+      continue
     error = f"{r.error:.1e}"
     table.add_row(r.case, r.quantity, error, str(r.tolerance), verdict)
   for stem in missing:

@@ -69,6 +69,11 @@ def recorded(workdir: Path) -> Experiment | None:
     raise UserError(f"--workdir {workdir} is a file; give a folder")
   path = workdir / "config.json"
   if not path.exists():
+    if (workdir / "checkpoints" / "0").is_dir():
+      raise UserError(
+        f"--workdir {workdir} holds imported weights and no run; train from"
+        f" them by --config.init.checkpoint={workdir} and another --workdir"
+      )
     found = _foreign(workdir)
     if found:
       raise UserError(

@@ -5,8 +5,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from fusionlab.errors import UserError
 from fusionlab.testing import conformance
+from tests.testing import oracle
 
 VECTORS = pathlib.Path(__file__).parents[1] / "vectors"
 CASE = "A_2mod"
@@ -85,28 +85,75 @@ def _rename(arrays, old, new):
     ),
     (
       lambda a: {k: v[..., :-1] if "w/" in k else v for k, v in a.items()},
-      r"it must be \[48, 32\]",
+      "it must be [48, 32]",
     ),
     (
       lambda a: {k: v for k, v in a.items() if not k.endswith("/cotangent")},
       "no array 'cotangent'",
     ),
+    (
+      lambda a: {k: v[:-1] if k.endswith("/x") else v for k, v in a.items()},
+      "tokens of x per modality",
+    ),
+    (
+      lambda a: {
+        k: v[:, :-1] if k.endswith("/out") else v for k, v in a.items()
+      },
+      "out has shape [32, 31]; it must be [32, 32]",
+    ),
   ],
 )
-def test_a_file_that_is_not_of_the_format_is_one_line(tmp_path, change, said):
-  write(tmp_path, change(ffn_case()))
-  with pytest.raises(UserError, match=said):
-    conformance.run_file(tmp_path / "mot_ffn.npz")
+def test_a_case_that_cannot_be_run_fails_alone(tmp_path, capsys, change, said):
+  good = _rename(ffn_case(), f"{CASE}/", "Z_good/")
+  write(tmp_path, change(ffn_case()) | good)
+  failed, *passed = conformance.run_file(tmp_path / "mot_ffn.npz")
+  assert said in failed.reason
+  assert len(passed) == 10
+  assert all(r.passed and r.case == "mot_ffn/Z_good" for r in passed)
+  assert conformance.main([str(tmp_path)]) == 1
+  out = capsys.readouterr().out
+  assert "cannot be run" in out
+  assert out.splitlines()[-1] == "10 passed, 1 failed, 0 not built"
 
 
-def test_a_mask_that_is_no_interval_is_refused(tmp_path):
+@pytest.mark.parametrize("value", [-np.inf, -1e9, np.nan])
+def test_a_mask_that_is_no_interval_fails(tmp_path, value):
   with np.load(VECTORS / "mot_attention.npz") as arrays:
     case = {k: arrays[k] for k in arrays.files if k.startswith("A_2mod")}
   mask = case["A_2mod_causal/attn_mask"].copy()
-  mask[9, 4] = -np.inf
+  mask[9, 4] = value
   write(tmp_path, case | {"A_2mod_causal/attn_mask": mask}, "mot_attention")
-  with pytest.raises(UserError, match="not one interval"):
-    conformance.run_file(tmp_path / "mot_attention.npz")
+  (result,) = conformance.run_file(tmp_path / "mot_attention.npz")
+  assert "not one interval" in result.reason or "0 and -inf" in result.reason
+  assert not result.passed
+
+
+def test_gradients_are_compared_where_a_file_has_them(tmp_path):
+  arrays = {k: v for k, v in ffn_case().items() if "/grad/local" not in k}
+  write(tmp_path, arrays)
+  results = conformance.run_file(tmp_path / "mot_ffn.npz")
+  assert [r.quantity for r in results] == ["out", "grad/x"]
+  arrays = {k: v for k, v in arrays.items() if "/grad/" not in k}
+  del arrays[f"{CASE}/cotangent"], arrays[f"{CASE}/out"]
+  write(tmp_path, arrays)
+  (result,) = conformance.run_file(tmp_path / "mot_ffn.npz")
+  assert result.passed
+
+
+def test_a_file_is_of_the_system_that_begins_its_name(tmp_path):
+  assert conformance.system_of(pathlib.Path("mot_ffn_b.npz")) == "mot_ffn"
+  assert conformance.system_of(pathlib.Path("mot_ffnb.npz")) is None
+
+
+def test_random_cases_of_any_size_match_an_oracle(tmp_path):
+  """Sizes, masks and counts that the published vectors do not have."""
+  rng = np.random.default_rng(0)
+  write(tmp_path, dict(oracle.attention_cases(rng)), "mot_attention")
+  write(tmp_path, dict(oracle.feed_forward_cases(rng)), "mot_ffn")
+  for name, number in (("mot_attention", 12), ("mot_ffn", 6)):
+    results = conformance.run_file(tmp_path / f"{name}.npz")
+    assert [r for r in results if not r.passed] == []
+    assert len(results) == number
 
 
 @pytest.mark.parametrize("content", [None, b"not a zip"])

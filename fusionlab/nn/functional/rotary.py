@@ -129,16 +129,18 @@ def yarn_magnitude(factor: float) -> float:
 
 def rotate(
   x: Float[Array, "B L H D"],
-  cos: Float[Array, "B L D/2"],
-  sin: Float[Array, "B L D/2"],
+  cos: Float[Array, "B L half"],
+  sin: Float[Array, "B L half"],
 ) -> Float[Array, "B L H D"]:
   """Rotates each pair (i, i + D/2) by its angle; float32 inside.
 
   Args:
     x: queries or keys.
-    cos: cosine of `rotary_angles`.
+    cos: cosine of `rotary_angles`; of no frequency, nothing is rotated.
     sin: sine of `rotary_angles`.
   """
+  if not cos.shape[-1]:
+    return x
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   cos, sin = cos[:, :, None], sin[:, :, None]
   rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
