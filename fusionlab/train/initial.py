@@ -221,7 +221,8 @@ class _Growth:
         rows = jnp.take(found, jnp.arange(len(self.places)), axis=axis)
         at = (slice(None),) * axis + (self.places,)
         return leaf.at[at].set(rows)
-      return found
+      # Two towers may begin as one leaf, whose buffer they must not share.
+      return found if source == name else jnp.copy(found)
 
     return jax.tree_util.tree_map_with_path(one, fresh)
 

@@ -1,0 +1,206 @@
+"""A trained model grows by a tower, and what it knew stays bit for bit."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import fusionlab
+from fusionlab.batch import batch_of_ids
+from fusionlab.errors import ConfigError, UserError
+from fusionlab.train import checkpoint as checkpoints
+from fusionlab.train import loop, setup
+from fusionlab.train.config import InitConfig
+from fusionlab.train.initial import add_tower, drawing
+from fusionlab.train.optimizer import named_leaves
+from tests.models import tiny
+from tests.train import fakes
+from tests.train.test_partition import Parts
+
+
+def grown_model():
+  """A two-tower model, and the three-tower model grown from it."""
+  old, params = tiny.make(2)
+  grown = add_tower(
+    params, "speech", init_from="text", num_ids=40, key=jax.random.key(7)
+  )
+  return old, params, tiny.make(3)[0], grown
+
+
+def documents(seed=0):
+  """Two documents of text and image ids."""
+  rng = np.random.default_rng(seed)
+  return [rng.integers(0, 80, 20).tolist() for _ in range(2)]
+
+
+def test_an_added_tower_is_a_copy_and_the_rest_is_as_it_was():
+  _, params, model, grown = grown_model()
+  shapes = jax.eval_shape(model.init_params, jax.random.key(0))
+  new, old = named_leaves(grown), named_leaves(params)
+  assert {n: a.shape for n, a in new.items()} == {
+    n: a.shape for n, a in named_leaves(shapes).items()
+  }
+  for name, leaf in new.items():
+    if name in ("embed", "unembed"):
+      axis = 0 if name == "embed" else 1
+      np.testing.assert_array_equal(np.take(leaf, range(80), axis), old[name])
+      rows = np.take(leaf, range(80, 120), axis)
+      assert np.std(rows) == pytest.approx(32**-0.5, rel=0.1)
+    else:
+      source = name.replace("/speech/", "/text/")
+      np.testing.assert_array_equal(leaf, old[source])
+  assert "speech" not in params["final_norm"]  # the argument is not changed
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_old_towers_outputs_are_bit_identical(trained):
+  """In one layout: right after growing, and after training the new tower."""
+  old, params, model, grown = grown_model()
+  ids = documents()
+  before = batch_of_ids(ids, old.vocabulary, towers=(0, 1))
+  counts = (*np.bincount(np.ravel(ids) // 40, minlength=2).tolist(), 0)
+  after = batch_of_ids(ids, model.vocabulary, towers=(0, 1, 2), counts=counts)
+  if trained:
+    parts = Parts(
+      model=(model, grown), freeze="text image", weight_decay=0.5, no_decay=""
+    )
+    state, _ = parts.after(steps=3)
+    grown = state.params
+    new = named_leaves(grown)
+    assert (
+      np.abs(new["layers/ffn/speech/w_in"] - new["layers/ffn/text/w_in"]).max()
+      > 0
+    )
+  hidden = tiny.apply(old, params, before), tiny.apply(model, grown, after)
+  np.testing.assert_array_equal(*hidden)
+  logits = old.logits(params, hidden[0]), model.logits(grown, hidden[1])
+  # The tables have other widths, so their product may be summed otherwise.
+  np.testing.assert_allclose(
+    logits[1][..., :80], logits[0], rtol=1e-6, atol=1e-6
+  )
+
+
+def test_old_logits_do_not_change_while_the_new_tower_is_trained():
+  """In one layout and one shape of tables: bit for bit."""
+  _, _, model, grown = grown_model()
+  parts = Parts(model=(model, grown), freeze="text image", weight_decay=0.5)
+  state, _ = parts.after(steps=3)
+  batch = batch_of_ids(documents(), model.vocabulary, towers=(0, 1, 2))
+
+  @jax.jit
+  def logits(params):
+    return model.logits(params, model.apply({"params": params}, batch))
+
+  np.testing.assert_array_equal(
+    logits(grown)[..., :80], logits(state.params)[..., :80]
+  )
+
+
+@pytest.mark.parametrize(
+  ("options", "said"),
+  [
+    ({"name": "speech", "init_from": "txt"}, "did you mean 'text'"),
+    ({"name": "image", "init_from": "text"}, "'image' already"),
+    ({"name": "a", "init_from": "text", "num_ids": 3}, "need a key"),
+  ],
+)
+def test_mistakes_of_add_tower(options, said):
+  _, params = tiny.make(2)
+  with pytest.raises(UserError, match=said):
+    add_tower(params, **options)
+
+
+def test_copied_towers_begin_alike_and_nothing_else_changes():
+  model, _ = tiny.make(3)
+  key = jax.random.key(0)
+  plain = model.init_params(key)
+  copied = drawing(InitConfig(copy_towers="image:text"), model)(key)
+  old, new = named_leaves(plain), named_leaves(copied)
+  for name in old:
+    source = name.replace("/image/", "/text/")
+    np.testing.assert_array_equal(new[name], old[source])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A folder with a trained model `base`; data is drawn."""
+  folder = tmp_path_factory.mktemp("initial")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(setup, "open_data", fakes.open_fake_data)
+    train(folder, "base")
+    yield folder
+
+
+DENSE = {"model__untie": ""}
+
+
+def train(folder, name, **flat):
+  experiment = fakes.experiment_of(folder, train__num_steps=4, **flat)
+  assert loop.train(experiment, str(folder / name)) == 0
+  return checkpoints.load(folder / name)
+
+
+def first_loss(folder, name):
+  line = (folder / name / "metrics.jsonl").read_text().splitlines()[0]
+  return json.loads(line)["train/loss"]
+
+
+@pytest.mark.smoke
+def test_a_run_starts_from_a_checkpoint_by_config(folder):
+  """A dense model becomes towers: the same function, then frozen text stays."""
+  dense = train(folder, "dense", **DENSE)
+  start = str(folder / "dense")
+  again = train(folder, "again", init__checkpoint=start, **DENSE)
+  towers = train(
+    folder, "towers", init__checkpoint=start, optimizer__freeze="text"
+  )
+  assert first_loss(folder, "towers") == pytest.approx(
+    first_loss(folder, "again"), rel=1e-5
+  )
+  assert first_loss(folder, "again") < first_loss(folder, "dense")
+  old, new = named_leaves(dense.params), named_leaves(towers.params)
+  for name, leaf in new.items():
+    if "/text/" in name:
+      source = name.replace("/text/", "/shared/")
+      np.testing.assert_array_equal(leaf, old[source])
+  assert again.step == 4
+  # A resumed run does not look at the checkpoint it started from.
+  (folder / "dense").rename(folder / "moved")
+  experiment = fakes.experiment_of(
+    folder,
+    train__num_steps=6,
+    init__checkpoint=start,
+    optimizer__freeze="text",
+  )
+  assert loop.train(experiment, str(folder / "towers")) == 0
+  assert checkpoints.load(folder / "towers").step == 6
+
+
+@pytest.mark.parametrize(
+  ("flat", "said"),
+  [
+    ({"init__checkpoint": "nowhere"}, "nowhere"),
+    ({"model__dim": 32}, r"config.model.dim: 16 there, 32 here"),
+    ({"model__norm_placement": "pre"}, "'swin' there, 'pre' here"),
+    ({"model__untie": "ffn"}, "has 12 parameters|has no parameter"),
+    ({"init__add_towers": "speech:text"}, "no tower 'speech'"),
+    ({"init__add_towers": "image"}, "not of the form"),
+    ({"model__tie_embeddings": True}, "no place for, first unembed"),
+  ],
+)
+def test_mistakes_of_a_start_are_named(folder, tmp_path, flat, said):
+  flat = {"init__checkpoint": str(folder / "base")} | flat
+  with pytest.raises(UserError, match=said):
+    train(folder, tmp_path / "new", **flat)
+
+
+def test_keys_that_need_each_other():
+  with pytest.raises(ConfigError, match="copy_towers is for new parameters"):
+    InitConfig(add_towers="a:b").check("config.init")
+  with pytest.raises(ConfigError, match=r"use config\.init\.add_towers"):
+    InitConfig(copy_towers="a:b", checkpoint="x").check("config.init")
+
+
+def test_add_tower_is_public():
+  assert fusionlab.add_tower is add_tower
