@@ -75,7 +75,7 @@ def check(folder: Path, reference: Path) -> Agreement:
   differences, kls = [], []
   with jax.default_matmul_precision("highest"):
     for row, reference_row in zip(ids, theirs, strict=True):
-      batch = batch_of_ids([row], vocabulary, towers=(0,))
+      batch = batch_of_ids([row.tolist()], vocabulary, towers=(0,))
       hidden = hidden_of(params, batch)[0]
       for first in range(0, length, step):
         here = slice(first, first + step)
