@@ -10,6 +10,7 @@ from fusionlab.analysis.parameters import ParameterCount
 from fusionlab.experiment import Experiment
 from fusionlab.sharding.mesh import AXES
 from fusionlab.tokenizers import load_tokenizers
+from fusionlab.towers import SHARED
 
 
 def render(experiment: Experiment) -> str:
@@ -43,6 +44,7 @@ def render(experiment: Experiment) -> str:
     ("active per token", counts.active),
     ("embedding and output tables", counts.embedding),
     *((f"tower {name}", n) for name, n in counts.per_tower.items()),
+    *((f"  frozen: {name}", n) for name, n in _frozen(experiment, counts)),
   ):
     table.add_row(name, f"{number:,}")
 
@@ -86,16 +88,30 @@ def state_bytes(
     counts: numbers of parameters.
   """
   each = 4 / max(1, experiment.mesh.fsdp)
-  share, moments = each * counts.total, 2 * each * counts.total
+  share = each * counts.total
+  # Rows of the tables count as trained.
+  trained = counts.total - sum(n for _, n in _frozen(experiment, counts))
+  moments = 2 * each * trained
   if experiment.optimizer.kind == "muon":
     # One moment of a layer's matrix, two of what Adam keeps.
-    moments -= each * (counts.total - counts.embedding - counts.norms)
+    moments -= each * (trained - counts.embedding - counts.norms)
   parts = {
     "parameters": share,
-    "gradients": share,
+    "gradients": each * trained,
     "optimizer's moments": moments,
   }
   if experiment.optimizer.ema_decay:
     parts["moving average"] = share
   parts["sum"] = math.fsum(parts.values())
   return parts
+
+
+def _frozen(
+  experiment: Experiment, counts: ParameterCount
+) -> list[tuple[str, int]]:
+  """Parameters of each frozen tower, without its rows of the tables."""
+  return [
+    (name, counts.per_tower[name] - counts.embedding * (name == SHARED))
+    for name in experiment.optimizer.freeze.split()
+    if name in counts.per_tower
+  ]

@@ -1,6 +1,7 @@
 """`config.model` of the decoder that every model here is made of."""
 
 import dataclasses
+import math
 
 from jaxtyping import Array, Float
 
@@ -209,11 +210,21 @@ class TransformerConfig:
     """
     d, dh = self.dim, self.width_of_head
     seen = row_length / 2 if self.causal else row_length
-    projections = 2 * d * dh * (2 * self.num_heads + 2 * self.kv_heads)
-    scores_and_values = 2 * 2 * seen * self.num_heads * dh
-    ffn = 2 * 3 * d * self.width_of_ffn
+    scores_and_values = self.num_layers * 2 * 2 * seen * self.num_heads * dh
     head = 2 * d * (self.vocab_size or vocab_size)
-    return self.num_layers * (projections + scores_and_values + ffn) + head
+    return math.fsum(self.matrix_flops.values()) + scores_and_values + head
+
+  @property
+  def matrix_flops(self) -> dict[str, float]:
+    """FLOPs of a token's forward pass in all layers' matrices, by untie name."""
+    head = 2 * self.num_layers * self.dim * self.width_of_head
+    return {
+      "q": head * self.num_heads,
+      "k": head * self.kv_heads,
+      "v": head * self.kv_heads,
+      "o": head * self.num_heads,
+      "ffn": 2 * 3 * self.num_layers * self.dim * self.width_of_ffn,
+    }
 
   @property
   def routed_towers(self) -> Towers:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
@@ -18,7 +19,7 @@ from fusionlab.objectives import build_objective
 from fusionlab.sharding import rules
 from fusionlab.sharding.mesh import make_mesh
 from fusionlab.tokenizers import Tokenizers, load_tokenizers
-from fusionlab.towers import parse_by_tower
+from fusionlab.towers import parse_by_tower, tower_counts
 from fusionlab.train.initial import drawing, grown_params
 from fusionlab.train.optimizer import make_optimizer, make_schedule
 from fusionlab.train.partition import make_partition
@@ -59,10 +60,28 @@ class Setup:
 
   @property
   def train_flops_per_token(self) -> float:
-    """Model FLOPs of one token's training step: three forward passes."""
-    return 3 * self.experiment.model.forward_flops_per_token(
+    """Model FLOPs of one token's training step: three forward passes.
+
+    Two, of a frozen tower's tokens in its matrices: only activations have
+    gradients there. The tables count as trained.
+    """
+    model = self.experiment.model
+    forward = model.forward_flops_per_token(
       self.data.vocabulary.size, self.experiment.data.row_length
     )
+    freeze = self.experiment.optimizer.freeze.split()
+    if not freeze:
+      return 3 * forward
+    towers = model.routed_towers
+    places = tower_counts(self.data.layout_counts, towers.of_modality)
+    share = dict(zip(towers.names, np.divide(places, sum(places)), strict=True))
+    spared = math.fsum(
+      flops * share.get(leaf, 1.0)
+      for name, flops in model.matrix_flops.items()
+      for leaf in towers.leaves(name)
+      if leaf in freeze
+    )
+    return 3 * forward - spared
 
   @property
   def peak_flops(self) -> float | None:
