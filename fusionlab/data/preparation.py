@@ -308,16 +308,11 @@ def _tokenise(
   parts = [(e, part) for e in batch for part in e.parts]
   for example, part in parts:
     if part.modality not in vocabulary.modalities:
-      advice = ""
-      if part.modality == "image":
-        advice = (
-          f"; set config.data.image_tokenizer to one, or"
-          f" config.data.sources.{source}.weight=0"
-        )
       raise UserError(
         f"source {source!r}, example {example.key!r}: no tokenizer for the"
         f" modality {part.modality!r} (allowed:"
-        f" {', '.join(vocabulary.modalities)}){advice}"
+        f" {', '.join(vocabulary.modalities)}); for pictures set"
+        f" config.data.image_tokenizer"
       )
   texts = [t for _, p in parts for t in p.alternatives if isinstance(t, str)]
   pictures = [

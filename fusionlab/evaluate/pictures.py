@@ -41,6 +41,7 @@ class Gallery:
     """
     self._model, self._params = model, params
     self.tokenizers, self.config = tokenizers, experiment.evaluate
+    self._image = tokenizers.pictures("a gallery")
     self._sources = experiment.data.sources
     self._place = {(e.source, e.key): i for i, e in enumerate(bank)}
     self._bank = self.reconstructed(bank)
@@ -66,9 +67,7 @@ class Gallery:
     self, examples: Sequence[Captioned]
   ) -> UInt8[np.ndarray, "n S S 3"]:
     """The pictures that the tokenizer makes of the examples' own codes."""
-    return self.tokenizers.image.decode(
-      np.stack([self.codes(e) for e in examples])
-    )
+    return self._image.decode(np.stack([self.codes(e) for e in examples]))
 
   def draw(
     self, examples: Sequence[Captioned], num_samples: int = 1
@@ -149,7 +148,7 @@ class Gallery:
 
     Reads each source until all are found: they keep no index.
     """
-    size = self.tokenizers.image.image_size
+    size = self._image.image_size
     found = {}
     for name, source in self._sources.items():
       wanted = {e.key for e in examples if e.source == name}

@@ -29,6 +29,7 @@ from fusionlab.evaluate.results import Results
 from fusionlab.evaluate.samples import Shown
 from fusionlab.evaluate.unigram import unigram, unigram_nll
 from fusionlab.experiment import Experiment
+from fusionlab.report.scores import split_of
 from fusionlab.sharding import rules
 from fusionlab.train import checkpoint as checkpoints
 from fusionlab.train.metrics import Row
@@ -223,18 +224,10 @@ def table_of(row: Row, step: int) -> Table:
     step: for the title.
   """
   cells: dict[str, dict[str, float]] = {}
-  splits: list[str] = []
-  for name, value in row.items():
-    group, _, rest = name.partition("/")
-    if group != "eval":
-      continue
-    head, _, tail = rest.partition("/")
-    # 'eval/loss/text' is pooled; 'eval/<split>/loss/text' is one split's.
-    pooled = rest in _pooled_names(row)
-    split, metric = ("all", rest) if pooled else (head, tail)
-    if split not in splits:
-      splits.append(split)
-    cells.setdefault(metric, {})[split] = value
+  splits: dict[str, None] = {}
+  for name, (split, metric) in split_of(row).items():
+    splits[split] = None
+    cells.setdefault(metric, {})[split] = row[name]
   shown = Table(title=f"held-out, step {step}")
   shown.add_column("metric", overflow="fold")
   for split in splits:
@@ -245,9 +238,3 @@ def table_of(row: Row, step: int) -> Table:
       metric, *(f"{values[s]:.4g}" if s in values else "" for s in splits)
     )
   return shown
-
-
-def _pooled_names(row: Row) -> set[str]:
-  """Metrics that some split has too: their bare names are the pooled ones."""
-  names = {n.removeprefix("eval/") for n in row if n.startswith("eval/")}
-  return {n for n in names if any(m.endswith(f"/{n}") for m in names)}

@@ -63,6 +63,13 @@ class Run:
     return max([recorded, *self.metrics.steps[-1:].tolist()])
 
   @property
+  def has_pictures(self) -> bool:
+    """Whether there are pictures to draw; true where that is not known."""
+    model = self.config.get("model")
+    known = model.get("modalities") if isinstance(model, dict) else None
+    return not isinstance(known, list) or "image" in known
+
+  @property
   def scoring_command(self) -> str:
     """What makes the scores and pictures that are missing."""
     folder = shlex.quote(str(self.folder))

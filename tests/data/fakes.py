@@ -10,7 +10,7 @@ from fusionlab.data.config import SourceConfig
 from fusionlab.data.documents import Counts, Record
 from fusionlab.data.plan import Stream
 from fusionlab.data.sources import Example, Part
-from fusionlab.tokenizers import Tokenizers
+from fusionlab.tokenizers import ImageTokenizer, Tokenizers
 
 SPECIALS = 5
 TEXT_IDS = SPECIALS + 256
@@ -31,13 +31,16 @@ class FakeText:
     return (np.arange(TEXT_IDS) >= SPECIALS).astype(np.int32)
 
 
-class FakeImage:
+class FakeImage(ImageTokenizer):
   """Eight codes: the picture's first column, divided by 16."""
 
   codebook_size = 16
   codes_per_image = CODES
   image_size = 8
   hash = "image"
+
+  def __init__(self):
+    """Reads no file."""
 
   def encode(self, images: np.ndarray) -> np.ndarray:
     assert images.shape[1:] == (8, 8, 3)

@@ -1,16 +1,8 @@
 """A tiny model of texts and 2 x 2 pictures, with every parameter drawn."""
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from fusionlab.analysis import parameters
 from fusionlab.batch import Vocabulary
 from fusionlab.generation.blocks import Blocks
-from fusionlab.models import build_model
-from fusionlab.models.mixture_of_transformers import (
-  MixtureOfTransformersConfig,
-)
+from tests.models import tiny
 
 # 0-4 pad, bos, eos, boi, eoi; texts 5-29; codes 30-45.
 TWO = Vocabulary(("text", "image"), (30, 16))
@@ -19,31 +11,13 @@ THREE = Vocabulary(
   ("text", "image", "speech"), (30, 16, 8), begin=(0, 3, 5), end=(0, 4, 6)
 )
 BLOCKS = Blocks(TWO, (0, 4))
+# Two ids less of the rest, and one id at both ends of a document.
+ALONE = Vocabulary(("text",), (30,), pad=29, bos=29, eos=29)
 
 
 def make(vocabulary=TWO, **changes):
   """Model and parameters, float32."""
-  k = len(vocabulary.modalities)
-  settings = {
-    "modalities": vocabulary.modalities,
-    "towers": tuple(range(k)),
-    "dim": 32,
-    "num_layers": 2,
-    "num_heads": 4,
-    "ffn_dim": 48,
-    "compute_dtype": "float32",
-  } | changes
-  model = build_model(MixtureOfTransformersConfig(**settings), vocabulary)
-  rng = np.random.default_rng(1)
-  params = jax.tree.map_with_path(
-    lambda path, leaf: jnp.asarray(
-      rng.normal(size=leaf.shape) * 0.3
-      + ("scale" in parameters.path_name(path)),
-      leaf.dtype,
-    ),
-    parameters.abstract_params(model),
-  )
-  return model, params
+  return tiny.make(ids=vocabulary, spread=0.3, **changes)
 
 
 def document(rng, vocabulary=TWO, length=24, block=4):

@@ -22,23 +22,27 @@ def vocabulary(k):
   return Vocabulary(NAMES[:k], (40,) * k, begin=(0,) * k, end=(0,) * k)
 
 
-def make(k=2, **changes):
-  """A tiny float32 model; scales are drawn so that norms are not neutral."""
+def make(k=2, *, ids=None, spread=0.2, **changes):
+  """A tiny float32 model; scales are drawn so that norms are not neutral.
+
+  `ids` is its vocabulary, `spread` the parameters' standard deviation.
+  """
+  ids = ids or vocabulary(k)
   settings = {
-    "modalities": NAMES[:k],
-    "towers": tuple(range(k)),
+    "modalities": ids.modalities,
+    "towers": tuple(range(len(ids.modalities))),
     "dim": 32,
     "num_layers": 2,
     "num_heads": 4,
     "ffn_dim": 48,
     "compute_dtype": "float32",
   } | changes
-  model = build_model(MixtureOfTransformersConfig(**settings), vocabulary(k))
+  model = build_model(MixtureOfTransformersConfig(**settings), ids)
   shapes = parameters.abstract_params(model)
   rng = np.random.default_rng(1)
   params = jax.tree.map_with_path(
     lambda path, leaf: jnp.asarray(
-      rng.normal(size=leaf.shape) * 0.2
+      rng.normal(size=leaf.shape) * spread
       + ("scale" in parameters.path_name(path)),
       leaf.dtype,
     ),
