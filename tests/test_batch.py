@@ -51,3 +51,46 @@ def test_one_tower_needs_no_layout():
 def test_ids_that_make_no_batch_are_refused(documents, row_length, said):
   with pytest.raises(UserError, match=said):
     batch_of_ids(documents, VOCABULARY, towers=(0, 1), row_length=row_length)
+
+
+TEXT = Vocabulary(("text",), (20,))
+GROWN = Vocabulary(
+  ("text", "image", "speech"), (24, 8, 6), begin=(0, 3, 20), end=(0, 4, 21)
+)
+
+
+def test_a_grown_vocabulary_says_where_old_ids_are():
+  places = GROWN.places_of(VOCABULARY)
+  assert places.dtype == np.int64
+  assert places.tolist() == [*range(20), *range(24, 32)]
+  assert GROWN.places_of(TEXT).tolist() == list(range(20))
+  assert GROWN.places_of(GROWN).tolist() == list(range(GROWN.size))
+
+
+@pytest.mark.parametrize(
+  ("old", "said"),
+  [
+    (Vocabulary(("text", "vision"), (20, 8)), "unknown modality 'vision'"),
+    (Vocabulary(("text", "image"), (20, 9)), "8 ids of image, the older one 9"),
+    (Vocabulary(("text", "image"), (20, 7)), "8 ids of image, the older one 7"),
+    (Vocabulary(("text",), (25,)), "24 ids of text, the older one 25"),
+    (Vocabulary(("image",), (8,)), "cannot continue one whose text is 'image'"),
+    (Vocabulary(("text",), (20,), bos=9), "bos at id 1, the older one at id 9"),
+    (
+      Vocabulary(("text", "image"), (20, 8), begin=(0, 9)),
+      "begin of image at id 3, the older one at id 9",
+    ),
+  ],
+)
+def test_what_is_no_continuation_is_refused(old, said):
+  with pytest.raises(UserError, match=said) as caught:
+    GROWN.places_of(old)
+  assert "\n" not in str(caught.value)
+
+
+def test_specials_are_those_of_documents_and_blocks():
+  assert TEXT.begin == TEXT.end == (0,)
+  assert TEXT.specials == (0, 1, 2)
+  assert VOCABULARY.specials == (0, 1, 2, 3, 4)
+  shared = Vocabulary(("text",), (20,), pad=7, bos=7, eos=7)
+  assert shared.specials == (7,)

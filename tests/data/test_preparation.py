@@ -1,5 +1,6 @@
 """Preparation: once, whole or not at all, and damage is noticed."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fusionlab.batch import Vocabulary
 from fusionlab.data import preparation
 from fusionlab.data.config import SourceConfig
 from fusionlab.data.preparation import Prepared, prepare
@@ -233,3 +235,17 @@ def test_large_split_is_read_at_random_and_not_kept(tmp_path, monkeypatch):
   records = _prepare(tmp_path).records("train")
   assert records[5].key == "p5"
   assert records[5] is not records[5]
+
+
+def test_pictures_are_refused_where_there_is_text_only(tmp_path):
+  both = fakes.fake_tokenizers()
+  alone = dataclasses.replace(
+    both,
+    image=None,
+    vocabulary=Vocabulary(("text",), (fakes.TEXT_IDS,)),
+    hash="alone",
+  )
+  source = fakes.FakeSource(SourceConfig(), "mine")
+  with pytest.raises(UserError, match=r"'image' .allowed: text.*set") as caught:
+    prepare(source, alone, tmp_path, name="mine")
+  assert "\n" not in str(caught.value)

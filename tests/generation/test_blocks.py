@@ -6,7 +6,7 @@ import pytest
 
 from fusionlab.errors import UserError
 from fusionlab.generation.blocks import Blocks
-from tests.generation.tiny import BLOCKS, THREE, TWO, document
+from tests.generation.tiny import ALONE, BLOCKS, THREE, TWO, document
 
 RULES = {"two": BLOCKS, "three": Blocks(THREE, (0, 4, 2))}
 
@@ -53,6 +53,11 @@ def allowed(blocks, ids, *, room=100, may_open=(1,)):
     may_open=may_open,
   )
   return set(np.flatnonzero(np.isfinite(np.asarray(logits[0]))).tolist())
+
+
+def test_text_alone_may_end_by_the_id_that_begins_it():
+  """One id at both ends of documents: it still ends them."""
+  assert allowed(Blocks(ALONE, (0,)), [29, 7], may_open=()) == set(range(30))
 
 
 def test_text_goes_on_as_text_or_opens_a_block_or_ends():

@@ -11,7 +11,7 @@ THREE = Vocabulary(
   ("text", "image", "speech"), (30, 16, 8), begin=(0, 3, 5), end=(0, 4, 6)
 )
 BLOCKS = Blocks(TWO, (0, 4))
-# Two ids less of the rest, and one id at both ends of a document.
+# One id at both ends of a document.
 ALONE = Vocabulary(("text",), (30,), pad=29, bos=29, eos=29)
 
 
