@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
   except UserError as error:
     return _failed(str(error))
+  except OSError as error:
+    return _failed(f"{error.filename or ''}: {error.strerror or error}")
   print(said)
   print(f"written: {options.out}")
   return 0

@@ -126,7 +126,8 @@ def _first_id(folder: Path, tokenizer: Path, specials: Specials) -> Specials:
   adds = tensors.read_json(beside).get("add_bos_token")
   if adds is not False:
     return specials
-  vocab = tensors.read_json(tokenizer).get("model", {}).get("vocab", {})
+  model = tensors.read_json(tokenizer).get("model")
+  vocab = model.get("vocab") if isinstance(model, dict) else None
   return before_plain_text(specials, vocab if isinstance(vocab, dict) else {})
 
 

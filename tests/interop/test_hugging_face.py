@@ -1,6 +1,7 @@
 """Folders in and out: bit-equal, whole or not there, one line where refused."""
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -190,3 +191,11 @@ def test_a_users_mistake_is_one_line_and_leaves_nothing(
   assert len(capsys.readouterr().err.splitlines()) == 1
   assert {p.name for p in tmp_path.iterdir()} == {"in", "text", "full"}
   assert (tmp_path / "full" / "mine").read_text() == "kept"
+
+
+def test_a_missing_package_is_one_line(tmp_path, capsys, monkeypatch):
+  monkeypatch.setitem(sys.modules, "gguf", None)
+  (tmp_path / "m.gguf").write_bytes(b"GGUF")
+  assert main(["import", str(tmp_path / "m.gguf"), str(tmp_path / "run")]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert "pip install -e '.[gguf]'" in line
