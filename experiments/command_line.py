@@ -188,7 +188,8 @@ class _ConfigFile(flags.ArgumentParser):
     file, _, size = argument.partition(":")
     mapping = load_config(file, size)
     self.run_name = os.path.splitext(os.path.basename(file))[0]
-    self.run_name += f"_{size}" if size else ""
+    # An argument may be a folder; its own name says enough.
+    self.run_name += f"_{os.path.basename(size.rstrip('/'))}" if size else ""
     # A `kind` decides which keys its section has, and one under a new name adds
     # a source: both must stand before the other keys are looked at.
     for key, value in self.overrides.items():

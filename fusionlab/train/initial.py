@@ -358,7 +358,8 @@ def _check_model(
 
 def _check_tokenizers(where: str, old: Tokenizers, new: Tokenizers) -> None:
   """Refuses ids that mean something else."""
-  if old.text.hash != new.text.hash:
+  # Without the ids that pictures append; `places_of` looks at those.
+  if old.text.tokenizer_json() != new.text.tokenizer_json():
     raise UserError(
       f"{where} was trained with another text tokenizer; point"
       f" config.data.text_tokenizer at the file in its folder tokenizers/"

@@ -1,22 +1,33 @@
 """A trained model grows by a tower, and what it knew stays bit for bit."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 import fusionlab
+from configs import mot_from_llama
 from fusionlab.batch import batch_of_ids
 from fusionlab.errors import ConfigError, UserError
+from fusionlab.experiment import Experiment
+from fusionlab.models import build_model
+from fusionlab.tokenizers import (
+  TextTokenizer,
+  load_tokenizers,
+  make_tokenizers,
+)
 from fusionlab.train import checkpoint as checkpoints
 from fusionlab.train import loop, setup
 from fusionlab.train.config import InitConfig
-from fusionlab.train.initial import add_tower, drawing
+from fusionlab.train.initial import add_tower, drawing, grown_params
 from fusionlab.train.optimizer import named_leaves
 from tests.models import tiny
 from tests.train import fakes
 from tests.train.test_partition import Parts
+
+FIXTURE = Path(__file__).parent / "fixtures" / "checkpoint_v1"
 
 
 def grown_model():
@@ -187,6 +198,51 @@ def test_keys_that_need_each_other():
     InitConfig(add_towers="a:b").check("config.init")
   with pytest.raises(ConfigError, match=r"use config\.init\.add_towers"):
     InitConfig(copy_towers="a:b", checkpoint="x").check("config.init")
+
+
+def test_a_pretrained_text_model_gets_an_image_tower(tmp_path):
+  """configs/mot_from_llama.py: its sizes and its text, bit for bit."""
+  text = make_tokenizers(TextTokenizer.train(["a"], 261))
+  mapping = {
+    "model": {
+      "kind": "transformer", "modalities": ("text",), "towers": (0,),
+      "dim": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,
+      "ffn_dim": 24, "norm_placement": "pre", "qk_norm": "none",
+      "rope_base": 5e5, "tie_embeddings": True,
+    },
+    "objective": {"kind": "next_token"},
+    "data": {"sources": {"a": {"kind": "jsonl"}}},
+  }  # fmt: skip
+  before = Experiment.from_mapping(mapping)
+  base = build_model(before.model, text.vocabulary)
+  old = jax.jit(base.init_params)(jax.random.key(3))
+  checkpoints.save_model(tmp_path / "llama", before, old, text)
+  experiment = Experiment.from_mapping(
+    mot_from_llama.get_config(str(tmp_path / "llama")).to_dict()
+  )
+  tokenizers = load_tokenizers(experiment.data.text_tokenizer)
+  model = build_model(experiment.model, tokenizers.vocabulary)
+  key = jax.random.key(4)
+  grown = grown_params(experiment.init, model, tokenizers, key)
+  theirs = named_leaves(old)
+  for name, leaf in named_leaves(grown).items():
+    if name == "embed":
+      np.testing.assert_array_equal(leaf[:261], theirs[name])
+    else:
+      parts = [
+        "shared" if p in ("text", "image") else p for p in name.split("/")
+      ]
+      np.testing.assert_array_equal(leaf, theirs["/".join(parts)])
+  ids = documents()
+  here = batch_of_ids(ids, text.vocabulary, towers=(0,))
+  there = batch_of_ids(ids, tokenizers.vocabulary, towers=(0, 1))
+  tiny.close(
+    tiny.apply(base, old, here), tiny.apply(model, grown, there), atol=1e-5
+  )
+  with pytest.raises(UserError, match="grows a model of text alone"):
+    mot_from_llama.get_config(str(FIXTURE))
+  with pytest.raises(UserError, match=r"fusionlab\.interop import"):
+    mot_from_llama.get_config(str(tmp_path / "none"))
 
 
 def test_add_tower_is_public():
