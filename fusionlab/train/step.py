@@ -151,10 +151,13 @@ def make_train_step(
     )
     finite = jnp.isfinite(norm) & jnp.isfinite(means["loss"].total)
     finite &= jnp.isfinite(optax.tree.norm(updates))
-    params = merge(optax.apply_updates(trained, updates), frozen)
+    moved = optax.apply_updates(trained, updates)
+    params = merge(moved, frozen)
     ema = state.ema
     if ema is not None:
-      ema = optax.incremental_update(params, ema, 1 - ema_decay)
+      # Of what moves: an average of equal numbers is not them to the last bit.
+      average = optax.incremental_update(moved, split(ema)[0], 1 - ema_decay)
+      ema = merge(average, frozen)
     new = (params, opt_state, ema)
     skipped = state.skipped
     if on_nonfinite == "skip":

@@ -140,6 +140,7 @@ class FakeData:
 
   vocabulary: object
   token_bytes: np.ndarray
+  layout_counts: tuple[int, ...]
   train: FakeLoader
   heldout: dict
   uncaptioned: dict
@@ -164,6 +165,7 @@ def open_fake_data(
   return FakeData(
     vocabulary=tokenizers.vocabulary,
     token_bytes=np.pad(lengths, (0, tokenizers.vocabulary.sizes[1])),
+    layout_counts=(group_rows * (LENGTH - 12), group_rows * 12),
     train=make(stream=0, batches=0, **train_options),
     heldout={
       "heldout_picture": make(stream=1, batches=3),

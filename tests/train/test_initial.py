@@ -151,7 +151,11 @@ def test_a_run_starts_from_a_checkpoint_by_config(folder):
   start = str(folder / "dense")
   again = train(folder, "again", init__checkpoint=start, **DENSE)
   towers = train(
-    folder, "towers", init__checkpoint=start, optimizer__freeze="text"
+    folder,
+    "towers",
+    init__checkpoint=start,
+    optimizer__freeze="text",
+    optimizer__ema_decay=0.9,
   )
   assert first_loss(folder, "towers") == pytest.approx(
     first_loss(folder, "again"), rel=1e-5
@@ -162,6 +166,7 @@ def test_a_run_starts_from_a_checkpoint_by_config(folder):
     if "/text/" in name:
       source = name.replace("/text/", "/shared/")
       np.testing.assert_array_equal(leaf, old[source])
+      np.testing.assert_array_equal(leaf, named_leaves(towers.ema)[name])
   assert again.step == 4
   # A resumed run does not look at the checkpoint it started from.
   (folder / "dense").rename(folder / "moved")
@@ -170,9 +175,22 @@ def test_a_run_starts_from_a_checkpoint_by_config(folder):
     train__num_steps=6,
     init__checkpoint=start,
     optimizer__freeze="text",
+    optimizer__ema_decay=0.9,
   )
   assert loop.train(experiment, str(folder / "towers")) == 0
   assert checkpoints.load(folder / "towers").step == 6
+
+
+def test_a_start_on_several_devices(folder):
+  """Frozen rows of tables, moments and gradients sharded: the same numbers."""
+  start = str(folder / "base")
+  options = {"init__checkpoint": start, "optimizer__freeze": "text"}
+  one = train(folder, "one", **options)
+  two = train(folder, "two", mesh__fsdp=2, data__group_rows=2, **options)
+  assert first_loss(folder, "two") == pytest.approx(
+    first_loss(folder, "one"), rel=1e-5
+  )
+  tiny.close(one.params, two.params, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

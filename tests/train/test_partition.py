@@ -1,6 +1,8 @@
 """What is frozen stays, costs nothing, and lets gradients through."""
 
 import dataclasses
+import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from fusionlab.train.optimizer import (
   named_leaves,
 )
 from fusionlab.train.partition import make_partition
+from fusionlab.train.setup import Setup
 from fusionlab.train.state import init_state
 from fusionlab.train.step import make_train_step
 from tests.models import tiny
@@ -178,6 +181,35 @@ def test_frozen_parameters_are_not_differentiated():
   )
   # Of three products a matrix one is left out; norms, scores and tables stay.
   assert 0.6 < frozen / whole < 0.8
+
+
+@pytest.mark.parametrize(
+  ("freeze", "untie", "spared"),
+  [("", "ffn", 0.0), ("text", "ffn q", 0.75), ("shared", "ffn q", 1.0)],
+)
+def test_model_flops_count_no_weight_gradients_of_what_is_frozen(
+  freeze, untie, spared
+):
+  mapping = {
+    "model": {"kind": "mixture_of_transformers", "untie": untie},
+    "objective": {"kind": "next_token"},
+    "data": {"sources": {"a": {"kind": "jsonl"}}},
+    "optimizer": {"freeze": freeze},
+  }
+  experiment = Experiment.from_mapping(mapping)
+  data = types.SimpleNamespace(
+    vocabulary=tiny.vocabulary(2), layout_counts=(30, 10)
+  )
+  parts: Any = (None, None, data, None, None)
+  found = Setup(experiment, *parts).train_flops_per_token
+  forward = experiment.model.forward_flops_per_token(
+    80, experiment.data.row_length
+  )
+  matrices = experiment.model.matrix_flops
+  own = sum(
+    v for k, v in matrices.items() if (k in untie) == (freeze == "text")
+  )
+  assert found == pytest.approx(3 * forward - spared * own)
 
 
 def test_gradients_flow_through_frozen_activations():
