@@ -13,7 +13,7 @@ from fusionlab.models.config import TransformerConfig
 from fusionlab.objectives import OBJECTIVES
 from fusionlab.objectives.next_token import NextTokenConfig
 from fusionlab.sharding.mesh import MeshConfig
-from fusionlab.towers import parse_by_tower, parse_towers
+from fusionlab.towers import parse_by_tower, parse_copies, parse_towers
 from fusionlab.train.config import InitConfig, OptimizerConfig, TrainConfig
 
 
@@ -55,6 +55,9 @@ class Experiment:
     parse_towers(optimizer.freeze, towers, "optimizer.freeze")
     for key in ("learning_rate_of", "weight_decay_of"):
       parse_by_tower(getattr(optimizer, key), towers, f"optimizer.{key}")
+    add, copy = self.init.add_towers, self.init.copy_towers
+    parse_copies(add, towers, "init.add_towers", drawn=True)
+    parse_copies(copy, towers, "init.copy_towers")
     rows, groups = self.train.batch_size, self.data.group_rows
     if groups and (rows // self.train.accumulate) % groups:
       raise ConfigError(

@@ -12,6 +12,8 @@ from fusionlab.errors import ConfigError, UserError, nearest
 
 # Parameters that no tower has of its own.
 SHARED = "shared"
+# What a new tower starts as where it copies none.
+DRAWN = "random"
 
 UNTIE_NAMES = (
   "q", "k", "v", "o", "qk_norm", "mixer_norm", "ffn", "ffn_norm", "final_norm",
@@ -169,6 +171,46 @@ def parse_by_tower(text: str, towers: Towers, key: str) -> dict[str, float]:
         f" '{name}:0.1'"
       )
   return numbers
+
+
+def parse_copies(
+  text: str, towers: Towers, key: str, *, drawn: bool = False
+) -> dict[str, str]:
+  """Reads which tower starts as a copy of which, such as 'speech:text'.
+
+  Args:
+    text: new:old, separated by spaces; '' is none.
+    towers: of the model.
+    key: of the config, for messages.
+    drawn: whether 'new:random' is allowed.
+
+  Raises:
+    ConfigError: not of this form, a tower that the model does not have, or a
+      copy of what is itself a copy.
+  """
+  pairs: dict[str, str] = {}
+  where = f"config.{key}={text!r}"
+  sources = (*towers.names, *((DRAWN,) if drawn else ()))
+  for word in text.split():
+    name, _, source = word.partition(":")
+    if not (name and source):
+      raise ConfigError(f"{where}: {word!r} is not of the form 'speech:text'")
+    for tower, known in ((name, towers.names), (source, sources)):
+      if tower not in known:
+        raise ConfigError(
+          f"{where}: the model has no tower {tower!r}{nearest(tower, known)};"
+          f" it has {', '.join(towers.names)}"
+        )
+    if name == source or name in pairs:
+      raise ConfigError(f"{where} names {name!r} twice")
+    pairs[name] = source
+  for name, source in pairs.items():
+    if source in pairs:
+      raise ConfigError(
+        f"{where}: {name!r} copies {source!r}, which is itself new; copy what is"
+        f" there"
+      )
+  return pairs
 
 
 def _entries(

@@ -18,12 +18,11 @@ from fusionlab.config import to_mapping
 from fusionlab.errors import ConfigError, UserError, nearest
 from fusionlab.sharding.axes import VOCAB
 from fusionlab.tokenizers import Tokenizers
-from fusionlab.towers import SHARED, Towers, tower_of
+from fusionlab.towers import DRAWN, SHARED, Towers, parse_copies, tower_of
 from fusionlab.train import checkpoint as checkpoints
 from fusionlab.train.config import InitConfig
 from fusionlab.train.optimizer import named_leaves
 
-_RANDOM = "random"
 # Of config.model: what may differ from a checkpoint that parameters are taken from,
 # because it changes their tree (checked leaf by leaf) or only how they are computed.
 _FREE = frozenset(
@@ -124,7 +123,7 @@ def drawing(config: InitConfig, model: Any) -> Callable[[jax.Array], PyTree]:
     ConfigError: towers that are not there.
   """
   towers = model.config.routed_towers
-  copies = _pairs(config.copy_towers, "copy_towers", towers)
+  copies = parse_copies(config.copy_towers, towers, "init.copy_towers")
   if not copies:
     return model.init_params
   return functools.partial(_with_copies, model.init_params, towers, copies)
@@ -146,8 +145,9 @@ def grown_params(
       both sides of what differs.
     ConfigError: towers that are not there.
   """
-  towers = model.config.routed_towers
-  added = _pairs(config.add_towers, "add_towers", towers)
+  added = parse_copies(
+    config.add_towers, model.config.routed_towers, "init.add_towers", drawn=True
+  )
   loaded = checkpoints.load(config.checkpoint)
   before = loaded.experiment.model
   where = f"config.init.checkpoint={config.checkpoint!r}"
@@ -208,7 +208,7 @@ class _Growth:
   def __call__(self, old: PyTree, fresh: PyTree) -> PyTree:
     """Returns `fresh` with everything that `old` has in its place."""
     theirs = named_leaves(old)
-    axes = named_leaves_of_axes(self.model.param_axes())
+    axes = _leaves_of_axes(self.model.param_axes())
 
     def one(path: tuple[Any, ...], leaf: Array) -> Array:
       name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -218,7 +218,7 @@ class _Growth:
       found = theirs[source]
       if VOCAB in axes[name]:
         axis = axes[name].index(VOCAB)
-        rows = jnp.take(found, jnp.arange(len(self.places)), axis=axis)
+        rows = jax.lax.slice_in_dim(found, 0, len(self.places), axis=axis)
         at = (slice(None),) * axis + (self.places,)
         return leaf.at[at].set(rows)
       # Two towers may begin as one leaf, whose buffer they must not share.
@@ -235,7 +235,7 @@ class _Growth:
     towers = self.model.config.routed_towers
     tower = tower_of(name.split("/"), towers)
     source = self.added.get(tower, tower)
-    if source == _RANDOM:
+    if source == DRAWN:
       return None
     for candidate in (source, SHARED):
       path = _renamed(name, tower, candidate)
@@ -271,9 +271,15 @@ class _Growth:
           f" as, e.g. config.init.add_towers='{tower}:{towers.names[0]}'"
         )
     theirs = named_leaves(old)
+    for tower in self.added:
+      if any(f"/{tower}/" in name for name in theirs):
+        raise ConfigError(
+          f"{self.where} has a tower {tower!r} already;"
+          f" config.init.add_towers is for what it lacks"
+        )
     used = set()
     fresh = jax.eval_shape(self.model.init_params, jax.random.key(0))
-    axes = named_leaves_of_axes(self.model.param_axes())
+    axes = _leaves_of_axes(self.model.param_axes())
     for name, leaf in named_leaves(fresh).items():
       source = self._source(name, theirs)
       if source is None:
@@ -298,7 +304,7 @@ class _Growth:
       )
 
 
-def named_leaves_of_axes(axes: PyTree) -> dict[str, tuple[str, ...]]:
+def _leaves_of_axes(axes: PyTree) -> dict[str, tuple[str, ...]]:
   """Axis names by path of a parameter."""
   leaves = jax.tree_util.tree_leaves_with_path(
     axes, is_leaf=lambda x: isinstance(x, tuple)
@@ -307,37 +313,6 @@ def named_leaves_of_axes(axes: PyTree) -> dict[str, tuple[str, ...]]:
     jax.tree_util.keystr(path, simple=True, separator="/"): names
     for path, names in leaves
   }
-
-
-def _pairs(text: str, key: str, towers: Towers) -> dict[str, str]:
-  """Reads 'new:old other:old'.
-
-  Raises:
-    ConfigError: not of this form, or a tower that the model does not have.
-  """
-  pairs: dict[str, str] = {}
-  for word in text.split():
-    name, colon, source = word.partition(":")
-    where = f"config.init.{key}={text!r}"
-    if not (name and colon and source):
-      raise ConfigError(f"{where}: {word!r} is not of the form 'speech:text'")
-    allowed = {name: towers.names, source: (*towers.names, _RANDOM)}
-    for tower, known in allowed.items():
-      if tower not in known:
-        raise ConfigError(
-          f"{where}: the model has no tower {tower!r}{nearest(tower, known)};"
-          f" it has {', '.join(towers.names)}"
-        )
-    if name == source or name in pairs:
-      raise ConfigError(f"{where} names {name!r} twice")
-    pairs[name] = source
-  for name, source in pairs.items():
-    if source in pairs:
-      raise ConfigError(
-        f"config.init.{key}={text!r}: {name!r} copies {source!r}, which is itself"
-        f" new; copy what is there"
-      )
-  return pairs
 
 
 def _check_model(

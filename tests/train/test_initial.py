@@ -202,6 +202,9 @@ def test_a_start_on_several_devices(folder):
     ({"model__untie": "ffn"}, "has 12 parameters|has no parameter"),
     ({"init__add_towers": "speech:text"}, "no tower 'speech'"),
     ({"init__add_towers": "image"}, "not of the form"),
+    ({"init__add_towers": "image:text"}, "has a tower 'image' already"),
+    ({"init__add_towers": "image:text text:image"}, "which is itself new"),
+    ({"init__add_towers": "image:image"}, "names 'image' twice"),
     ({"model__tie_embeddings": True}, "no place for, first unembed"),
   ],
 )
@@ -211,7 +214,9 @@ def test_mistakes_of_a_start_are_named(folder, tmp_path, flat, said):
     train(folder, tmp_path / "new", **flat)
 
 
-def test_keys_that_need_each_other():
+def test_keys_that_need_each_other(tmp_path):
+  with pytest.raises(ConfigError, match="no tower 'random'"):
+    fakes.experiment_of(tmp_path, init__copy_towers="image:random")
   with pytest.raises(ConfigError, match="copy_towers is for new parameters"):
     InitConfig(add_towers="a:b").check("config.init")
   with pytest.raises(ConfigError, match=r"use config\.init\.add_towers"):
