@@ -12,9 +12,7 @@ the first seed.
 
 s = steps to the control's final held-out loss / the control's steps, of one seed
 (arXiv 2411.04996, section 3.1), read off the curves of the evaluations at intervals;
-below 1 fewer steps are needed. Seconds per step are
-medians of each run's own rows: runs take turns by seed, so that the machine's mood
-falls on all, but `experiments.benchmarks.routed_step` is the measurement of speed.
+below 1 fewer steps are needed. At the end all steps are timed in turns.
 """
 
 import os
@@ -30,7 +28,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import app, flags, logging
 from rich.console import Console
 from rich.table import Table
@@ -49,6 +46,7 @@ from fusionlab.train import environment, loop
 from fusionlab.train import workdir as workdirs
 
 _EXAMPLE = "--config=configs/compare_mot.py"
+_ROUNDS = 12
 # Of FLOPs a step, within which two experiments count as equal.
 _EQUAL = 1e-3
 
@@ -170,12 +168,10 @@ class Finished:
   Attributes:
     curves: modality -> held-out loss over steps, nats a token.
     final: modality -> loss of all held-out data at the end.
-    seconds_per_step: median of its rows.
   """
 
   curves: dict[str, Curve]
   final: dict[str, float]
-  seconds_per_step: float
 
   @classmethod
   def read(cls, folder: Path) -> "Finished":
@@ -192,8 +188,7 @@ class Finished:
         modality = name.removeprefix("eval/loss/")
         curves[modality] = Curve(steps[:-1], losses[:-1])
         final[modality] = float(losses[-1])
-    seconds = float(np.median(metrics.series("perf/step_s")[1]))
-    return cls(curves, final, seconds)
+    return cls(curves, final)
 
 
 def results_of(comparison: Comparison, workdir: Path) -> dict[str, Any]:
@@ -228,16 +223,58 @@ def results_of(comparison: Comparison, workdir: Path) -> dict[str, Any]:
           "losses": [o.losses.tolist() for _, o in pairs],
         },
       }
-    results["experiments"][name] = {
-      "losses": losses,
-      "seconds_per_step": [o.seconds_per_step for _, o in each],
-    }
+    results["experiments"][name] = {"losses": losses}
   return results
 
 
-def write_results(comparison: Comparison, workdir: Path) -> None:
-  """Writes the table and the drawing of the seeds that are complete."""
-  results = results_of(comparison, workdir)
+def time_steps(comparison: Comparison) -> dict[str, Any]:
+  """Seconds of each experiment's step, all of them in turns in this process.
+
+  Runs that train one after another cannot be compared: the machine changes.
+
+  Args:
+    comparison: its experiments are timed with their first seed.
+
+  Returns:
+    name -> quartiles of "seconds" and of "over_control", JSON-ready.
+  """
+  # Their flags are not this program's.
+  from experiments.benchmarks import timing
+  from experiments.benchmarks.train_step import Case
+
+  print("timing the steps in turns", flush=True)
+  cases = {n: Case(e) for n, e in comparison.experiments.items()}
+  seconds = timing.interleaved(cases, repeats=_ROUNDS)
+  over = timing.ratios(seconds, comparison.control)
+  return {
+    name: {
+      "seconds": dataclasses.asdict(timing.Quartiles.of(times)),
+      "over_control": dataclasses.asdict(over[name]),
+    }
+    for name, times in seconds.items()
+  }
+
+
+def _timed_before(workdir: Path) -> dict[str, Any] | None:
+  """What `time_steps` gave at an earlier end of the same comparison."""
+  try:
+    content = json.loads((workdir / "comparison.json").read_text("utf-8"))
+  except (OSError, ValueError):
+    return None
+  return content.get("seconds_per_step")
+
+
+def write_results(
+  comparison: Comparison, workdir: Path, timed: dict[str, Any] | None = None
+) -> None:
+  """Writes the table and the drawing of the seeds that are complete.
+
+  Args:
+    comparison: what is compared.
+    workdir: the folder of all runs.
+    timed: of `time_steps`; None while runs are missing.
+  """
+  results = results_of(comparison, workdir) | {"seconds_per_step": timed}
   if not results["seeds"]:
     return
   described = environment.describe()
@@ -276,8 +313,10 @@ def run(comparison: Comparison, workdir: Path) -> int:
   if not train_all(comparison, workdir):
     print(f"stopped: {workdir}; the same command goes on from there")
     return 0
-  write_results(comparison, workdir)
-  head, *rows = table_of(results_of(comparison, workdir))
+  timed = _timed_before(workdir) or time_steps(comparison)
+  write_results(comparison, workdir, timed)
+  results = results_of(comparison, workdir) | {"seconds_per_step": timed}
+  head, *rows = table_of(results)
   table = Table(caption="mean (least to greatest) of the seeds")
   for i, name in enumerate(head):
     table.add_column(name, justify="right" if i else "left")

@@ -5,7 +5,6 @@
 
 import math
 import shlex
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,15 +31,20 @@ def table_of(results: Mapping[str, Any]) -> list[list[str]]:
   for name, found in experiments.items():
     losses = [_spread(found["losses"][m]["final_loss"], 3) for m in modalities]
     ratios = [_spread(found["losses"][m]["s"], 2) for m in modalities]
-    over = [
-      a / b
-      for a, b in zip(
-        found["seconds_per_step"], control["seconds_per_step"], strict=True
-      )
-    ]
-    seconds = f"{statistics.mean(found['seconds_per_step']):.3f}"
-    rows.append([name, *losses, *ratios, seconds, _spread(over, 2)])
+    timed = (results["seconds_per_step"] or {}).get(name)
+    rows.append([name, *losses, *ratios, *_seconds(timed)])
   return rows
+
+
+def _seconds(timed: Mapping[str, Any] | None) -> tuple[str, str]:
+  """Median of a step, and its ratio with quartiles; '' before it is timed."""
+  if timed is None:
+    return "", ""
+  over = timed["over_control"]
+  return (
+    f"{timed['seconds']['median']:.3f}",
+    f"{over['median']:.2f} ({over['low']:.2f} to {over['high']:.2f})",
+  )
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
@@ -76,7 +80,8 @@ def markdown_of(
       f" last point of `{results['control']}`'s curve / its steps, of the same"
       " seed (the curve: the same part of the held-out data at every point);"
       f" mean (least to greatest) of the seeds {results['seeds']}. Steps:"
-      f" {steps}.",
+      f" {steps}. Seconds: median of steps in turns in one process, and quartiles"
+      " of the ratio within a round.",
       "",
       f"Command: `{shlex.join(described['command'])}`, commit {described['commit']};"
       f" {device['count']} x {device['kind']}, {described['host']['cpus']} CPU"

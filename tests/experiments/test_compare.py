@@ -33,6 +33,15 @@ def test_it_trains_what_is_missing_and_writes_a_table(
   tmp_path, monkeypatch, capsys
 ):
   monkeypatch.setattr(setup, "open_data", fakes.open_fake_data)
+  timed = []
+
+  def time_steps(comparison):
+    timed.append(comparison)
+    quartiles = {"low": 1.0, "median": 1.25, "high": 1.5}
+    both = {"seconds": quartiles, "over_control": quartiles}
+    return dict.fromkeys(comparison.experiments, both)
+
+  monkeypatch.setattr(compare, "time_steps", time_steps)
   comparison, workdir = comparison_of(tmp_path), tmp_path / "runs"
   assert compare.run(comparison, workdir) == 0
   results = json.loads((workdir / "comparison.json").read_text())
@@ -48,8 +57,10 @@ def test_it_trains_what_is_missing_and_writes_a_table(
   assert (workdir / "comparison.svg").read_text().count("<svg") == 1
   assert "<html" in (workdir / "comparison.html").read_text()
   assert "run 2 of 2" in capsys.readouterr().out
-  # Again: nothing is trained; one run away, that one is.
+  assert "1.25 (1.00 to 1.50)" in table
+  # Again: nothing is trained or timed; one run away, that one is.
   assert compare.run(comparison, workdir) == 0
+  assert len(timed) == 1
   assert "run " not in capsys.readouterr().out
   shutil.rmtree(workdir / "mot_s0")
   assert compare.run(comparison, workdir) == 0
