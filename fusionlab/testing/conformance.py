@@ -386,6 +386,12 @@ def main(argv: Sequence[str] | None = None) -> int:
       and fnmatch.fnmatch(path.stem, options.only.partition("/")[0])
     ]
     results = [r for path in built for r in run_file(path, options.only)]
+    if not (results or missing):
+      stems = ", ".join(path.stem for path in files)
+      raise UserError(
+        f"--only {options.only!r} matches no case; cases are <file>/<case>, and"
+        f" the files {stems}"
+      )
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

@@ -35,9 +35,10 @@ def test_the_command_counts(tmp_path, capsys):
   assert conformance.main([str(tmp_path)]) == 0
   last = capsys.readouterr().out.splitlines()[-1]
   assert last == "10 passed, 0 failed, 1 not built"
-  assert conformance.main([str(tmp_path), "--only", "mot_ffn/B*"]) == 0
-  last = capsys.readouterr().out.splitlines()[-1]
-  assert last == "0 passed, 0 failed, 0 not built"
+  # A glob that is misspelt must not look like success.
+  assert conformance.main([str(tmp_path), "--only", "mot_ffn/B*"]) == 2
+  said = capsys.readouterr().err
+  assert "matches no case" in said and "mot_ffn, selective_scan" in said
 
 
 @pytest.mark.parametrize(
