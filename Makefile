@@ -1,7 +1,7 @@
 # A fresh machine needs Python >= 3.11 and make; everything else is set up in
 # .venv and .cache of this folder.
 #
-#   make demo    train the default config (at most 10 minutes on 2 cores)
+#   make demo    train the default config (about 12 minutes on 2 cores)
 #   make test    the tests
 #   make check   lint, format and types
 #   make clean   remove .venv and .cache (runs/ stays)

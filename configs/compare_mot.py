@@ -13,7 +13,7 @@ steps of 1.6M tokens; gains grow with steps and batch (Figure 18).
 Dense, `ffn`, `ffn q k v` and everything untied, three seeds, on all pictures with
 captions and Factbook passages of the default data. One FLOP count a token: d=128, 4
 layers, 4 heads, SwiGLU 512 wide; rows of 512, 4 a step, a constant rate, since s is
-read at every step. 600 steps take 4 minutes on 2 CPU cores, all twelve runs 45.
+read at every step. A run of 600 steps took 4 and a half minutes on 2 CPU cores.
 Expect the paper's sign and order, not its fractions: full MoT has s = 0.85 for images and
 0.90 for text (experiments/results/mot_chameleon/compare_mot.md).
 """

@@ -16,8 +16,8 @@ pictures and the report. After `config.train.max_seconds` (8 minutes) a slower m
 stops early, with pictures that are as much worse. Expect, seed 0: the own picture is
 the nearest of 1,608 for 93 to 94% of 256 training captions (84% after 781 steps, on busy
 cores) and for 12 to 13% of the 92 held-out (picture, style) pairs (chance 0.06%), for
-none to three of 87 pictures never seen; held-out text 4.4 nats a token (1.9 bits a byte). The pictures are memorised:
-held-out image loss rises while they are. How the settings were found:
+none to three of 87 pictures never seen; held-out text 4.2 to 4.4 nats a token. The
+pictures are memorised: held-out image loss rises while they are. How the settings were found:
 experiments/results/mot_chameleon/tiny_pictures.md.
 
 The paper's sizes (37m 94m 443m 880m 1.5b 7b; `1_5b` is the same as `1.5b`) keep

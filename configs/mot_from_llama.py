@@ -10,8 +10,8 @@ text comes out as it did before. Pictures here are VQ codes, not diffused latent
 
 The argument is the imported folder (default runs/llama); sizes, rotary positions and
 the text tokenizer are its own. Data: the pictures of configs/mot_chameleon.py with
-their captions. With SmolLM2-135M a step of 2 rows of 256 takes about 10 seconds on 2
-CPU cores and 3 GiB; what 2,000 steps reach has not been measured here (a GPU's work).
+their captions. With SmolLM2-135M a step of 2 rows of 256 took 14 to 15 seconds on 2 busy
+CPU cores; what 2,000 steps reach has not been measured here (a GPU's work).
 Expect the text of `--mode=generate --prompt='The capital of France is' --make=text`
 to be the Llama's own, before and after.
 """

@@ -8,6 +8,7 @@ import jax
 
 from fusionlab.batch import Vocabulary
 from fusionlab.models.config import TransformerConfig
+from fusionlab.towers import SHARED, tower_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,22 +52,21 @@ def count(config: TransformerConfig, vocab_size: int) -> ParameterCount:
   sizes = (vocab_size,) + (0,) * (len(config.modalities) - 1)
   model = MODELS.load(config.kind)(config, Vocabulary(config.modalities, sizes))
   leaves = jax.tree.leaves_with_path(abstract_params(model))
-  towers = config.routed_towers.names
-  per_tower = dict.fromkeys(("shared", *towers), 0)
+  towers = config.routed_towers
+  per_tower = dict.fromkeys((SHARED, *towers.names), 0)
   embedding = norms = 0
   for path, leaf in leaves:
     parts = path_name(path).split("/")
     size = math.prod(leaf.shape)
-    tower = next((p for p in parts if p in towers), "shared")
-    per_tower[tower] += size
+    per_tower[tower_of(parts, towers)] += size
     if parts[-1] in ("embed", "unembed"):
       embedding += size
     elif parts[-1].endswith(("scale", "bias")):
       norms += size
-  own = [n for tower, n in per_tower.items() if tower != "shared"]
+  own = [n for tower, n in per_tower.items() if tower != SHARED]
   return ParameterCount(
     total=sum(per_tower.values()),
-    active=per_tower["shared"] + max(own, default=0),
+    active=per_tower[SHARED] + max(own, default=0),
     embedding=embedding,
     norms=norms,
     per_tower=per_tower,

@@ -1,8 +1,5 @@
 """`export`: a checkpoint of ours, or one tower of it, as a Hugging Face folder."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +33,7 @@ def export_model(
     UserError: no checkpoint, an unknown tower, or a model that a Llama cannot be.
   """
   from fusionlab.train.checkpoint import load
+  from fusionlab.train.writers import whole_folder
 
   refuse_full(out)
   loaded = load(workdir)
@@ -60,17 +58,10 @@ def export_model(
     (name,),
     layers=config.num_layers,
   )
-  partial = _beside(out)
-  try:
+  with whole_folder(out) as partial:
     total = hugging_face.write(
       partial, keys, weights, tokenizer=text.tokenizer_json()
     )
-    partial.chmod(0o755)
-    os.replace(partial, out)
-  except OSError as error:
-    raise UserError(f"cannot write {out}: {error}") from error
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
   which = "the dense model" if name == "shared" else f"the tower {name!r}"
   return (
     f"{which} of step {loaded.step}: {text.base_size} ids,"
@@ -113,11 +104,3 @@ def text_rows(params: Mapping[str, Any], number: int) -> dict[str, Any]:
   if "unembed" in params:
     rows["unembed"] = params["unembed"][:, :number]
   return rows
-
-
-def _beside(out: Path) -> Path:
-  try:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-  except OSError as error:
-    raise UserError(f"cannot write {out}: {error.strerror}") from error

@@ -9,9 +9,7 @@ This is the only file that knows Orbax.
 
 import dataclasses
 import json
-import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,7 +38,7 @@ from fusionlab.train.integrity import (
 )
 from fusionlab.train.optimizer import named_leaves
 from fusionlab.train.state import TrainState
-from fusionlab.train.writers import write_atomic
+from fusionlab.train.writers import whole_folder, write_atomic
 
 __all__ = [
   "Checkpoints",
@@ -150,27 +148,13 @@ def save_model(
   Raises:
     UserError: the folder cannot be written.
   """
-  try:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(
-      tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-")
-    )
-  except OSError as error:
-    raise UserError(f"cannot write {folder}: {error.strerror}") from error
-  try:
+  with whole_folder(folder) as partial:
     path = partial / "checkpoints" / "0"
     (path / "tokenizers").mkdir(parents=True)
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save((path / "params").absolute(), params)
     tokenizers.save(path / "tokenizers")
-    meta = _meta(experiment, tokenizers, step=0, params=params)
-    _sign(path, meta)
-    partial.chmod(0o755)
-    os.replace(partial, folder)
-  except OSError as error:
-    raise UserError(f"cannot write {folder}: {error}") from error
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
+    _sign(path, _meta(experiment, tokenizers, step=0, params=params))
 
 
 def restore_state(path: Path, abstract: TrainState) -> TrainState:

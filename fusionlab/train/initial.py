@@ -16,12 +16,13 @@ from jaxtyping import Array, Int, PyTree
 
 from fusionlab.config import to_mapping
 from fusionlab.errors import ConfigError, UserError, nearest
+from fusionlab.nn.parameters import fan_in
 from fusionlab.sharding.axes import VOCAB
 from fusionlab.tokenizers import Tokenizers
 from fusionlab.towers import DRAWN, SHARED, Towers, parse_copies, tower_of
 from fusionlab.train import checkpoint as checkpoints
 from fusionlab.train.config import InitConfig
-from fusionlab.train.optimizer import named_leaves
+from fusionlab.train.optimizer import named_leaves, path_name
 
 # Of config.model: what may differ from a checkpoint that parameters are taken from,
 # because it changes their tree (checked leaf by leaf) or only how they are computed.
@@ -90,12 +91,12 @@ def add_tower(
 
 
 def _longer(table: Array, number: int, axis: int, key: jax.Array) -> Array:
-  """The table with drawn rows behind it, of the deviation that tables begin with."""
+  """The table with rows behind it, drawn as a table is."""
   dim = table.shape[1 - axis]
   shape = (number, dim) if axis == 0 else (dim, number)
-  new = jax.random.truncated_normal(key, -2, 2, shape, table.dtype)
-  # The factor restores the deviation that cutting at 2 sigma takes away.
-  return jnp.concatenate([table, new * dim**-0.5 / 0.87962566], axis=axis)
+  return jnp.concatenate(
+    [table, fan_in(dim)(key, shape, table.dtype)], axis=axis
+  )
 
 
 def _groups(params: PyTree) -> set[str]:
@@ -171,15 +172,15 @@ def _with_copies(
   key: jax.Array,
 ) -> PyTree:
   params = init_params(key)
-  flat = jax.tree_util.tree_leaves_with_path(params)
-  names = named_leaves(params)
+  leaves = named_leaves(params)
 
-  def of(name: str, leaf: Array) -> Array:
+  def one(path: tuple[Any, ...], leaf: Array) -> Array:
+    del leaf
+    name = path_name(path)
     tower = tower_of(name.split("/"), towers)
-    return names[_renamed(name, tower, copies.get(tower, tower))]
+    return leaves[_renamed(name, tower, copies.get(tower, tower))]
 
-  leaves = [of(name, leaf) for name, (_, leaf) in zip(names, flat, strict=True)]
-  return jax.tree.unflatten(jax.tree.structure(params), leaves)
+  return jax.tree_util.tree_map_with_path(one, params)
 
 
 def _renamed(path: str, tower: str, other: str) -> str:
@@ -211,7 +212,7 @@ class _Growth:
     axes = _leaves_of_axes(self.model.param_axes())
 
     def one(path: tuple[Any, ...], leaf: Array) -> Array:
-      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      name = path_name(path)
       source = self._source(name, theirs)
       if source is None:
         return leaf
@@ -309,10 +310,7 @@ def _leaves_of_axes(axes: PyTree) -> dict[str, tuple[str, ...]]:
   leaves = jax.tree_util.tree_leaves_with_path(
     axes, is_leaf=lambda x: isinstance(x, tuple)
   )
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): names
-    for path, names in leaves
-  }
+  return {path_name(path): names for path, names in leaves}
 
 
 def _check_model(

@@ -1,11 +1,14 @@
 """Where metrics go: one small interface, CSV, JSON lines and TensorBoard."""
 
+import contextlib
 import csv
 import io
 import json
 import math
 import os
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -241,6 +244,36 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     file.flush()
     os.fsync(file.fileno())
   os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+  """Makes a folder that is whole or not there.
+
+  Args:
+    folder: new or empty.
+
+  Yields:
+    A hidden folder beside it, which takes its name when the block ends.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(
+      tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-")
+    )
+  except OSError as error:
+    raise UserError(f"cannot write {folder}: {error.strerror}") from error
+  try:
+    yield partial
+    partial.chmod(0o755)
+    os.replace(partial, folder)
+  except OSError as error:
+    raise UserError(f"cannot write {folder}: {error}") from error
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _number(value: float) -> str:
