@@ -1,0 +1,344 @@
+"""FLOPs, bytes, loops and collectives are read right from compiled programs."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fusionlab.analysis import hlo
+from fusionlab.analysis.collectives import device_groups, mesh_axes
+from fusionlab.analysis.hlo_text import parse_shapes
+from fusionlab.errors import UserError
+
+AXES = {"data": 2, "fsdp": 4}
+
+
+def _analyse(function, *arguments) -> hlo.Program:
+  return hlo.analyse(jax.jit(function).lower(*arguments).compile().as_text())
+
+
+def _f32(*shape: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _mlp(weights, x):
+  def layer(x, w):
+    return jnp.tanh(x @ w[0]) @ w[1], None
+
+  return jax.lax.scan(layer, x, weights)[0].sum()
+
+
+@pytest.mark.smoke
+def test_a_scanned_mlp_counts_every_layer():
+  """Five layers of two products forward; twice more for the gradients."""
+  weights, x = (_f32(5, 16, 48), _f32(5, 48, 16)), _f32(8, 16)
+  forward = 5 * 2 * 2 * 8 * 16 * 48
+  program = _analyse(_mlp, weights, x)
+  assert program.flops == forward
+  assert [loop.trips for loop in program.loops] == [5]
+  both = _analyse(jax.grad(_mlp, argnums=(0, 1)), weights, x)
+  assert both.flops == 3 * forward
+  assert not both.unknown_loops and not both.uncounted
+
+
+def test_remat_counts_the_recomputed_products():
+  """What the backward pass computes again is computed."""
+
+  def loss(weights, x):
+    layer = jax.checkpoint(
+      lambda x, w: (jnp.tanh(x @ w[0]) @ w[1], None), prevent_cse=True
+    )
+    return (jax.lax.scan(layer, x, weights)[0] ** 2).sum()
+
+  weights, x = (_f32(5, 16, 48), _f32(5, 48, 16)), _f32(8, 16)
+  one = 5 * 2 * 8 * 16 * 48
+  # Forward 2, gradients 4, and the first product again, which tanh needs.
+  flops = _analyse(jax.grad(loss, argnums=(0, 1)), weights, x).flops
+  assert flops == 7 * one
+
+
+def test_nested_scans_multiply():
+  """Three outer times seven inner iterations."""
+
+  def step(x, w):
+    return jax.lax.fori_loop(0, 7, lambda i, x: jnp.sin(x @ w), x), None
+
+  program = _analyse(
+    lambda x, w: jax.lax.scan(step, x, w)[0], _f32(4, 8), _f32(3, 8, 8)
+  )
+  assert program.flops == 3 * 7 * 2 * 4 * 8 * 8
+  assert sorted((loop.trips, loop.executions) for loop in program.loops) == [
+    (3, 1),
+    (7, 3),
+  ]
+
+
+def test_a_loop_of_unknown_length_counts_once_and_is_named():
+  """The bound is data."""
+  program = _analyse(
+    lambda n, x, w: jax.lax.fori_loop(0, n, lambda i, x: jnp.sin(x @ w), x),
+    jax.ShapeDtypeStruct((), jnp.int32),
+    _f32(4, 8),
+    _f32(8, 8),
+  )
+  assert program.flops == 2 * 4 * 8 * 8
+  assert len(program.unknown_loops) == 1
+
+
+def test_the_dearer_branch_of_a_conditional_counts():
+  """One product or three."""
+
+  def dear(x, w):
+    return jnp.sin(jnp.sin(x @ w) @ w) @ w
+
+  program = _analyse(
+    lambda p, x, w: jax.lax.cond(p, dear, lambda x, w: x @ w, x, w),
+    jax.ShapeDtypeStruct((), jnp.bool_),
+    _f32(4, 8),
+    _f32(8, 8),
+  )
+  assert program.flops == 3 * 2 * 4 * 8 * 8
+
+
+@pytest.mark.parametrize(
+  ("features", "padding", "expected"),
+  [
+    # 'VALID': 6 outputs, each 3 kernel positions and 4 to 10 features.
+    (1, "VALID", 2 * 2 * 6 * 3 * 4 * 10),
+    # 'SAME': 8 outputs, of which the outer two miss one kernel position.
+    (1, "SAME", 2 * 2 * (8 * 3 - 2) * 4 * 10),
+    # Depthwise: each output feature sees one input feature.
+    (4, "VALID", 2 * 2 * 6 * 3 * 1 * 4),
+  ],
+)
+def test_convolutions_count_positions_inside_the_input(
+  features, padding, expected
+):
+  """Padding costs nothing; groups divide."""
+  out = 10 if features == 1 else 4
+  program = _analyse(
+    lambda x, k: jax.lax.conv_general_dilated(
+      x,
+      k,
+      (1,),
+      padding,
+      dimension_numbers=("NWC", "WIO", "NWC"),
+      feature_group_count=features,
+    ),
+    _f32(2, 8, 4),
+    _f32(3, 4 // features, out),
+  )
+  assert program.flops == expected
+
+
+def test_a_scan_reads_its_layers_weights_once():
+  """The stacked weights cost their slices: all of them, not all per layer."""
+  layers, width, rows = 64, 256, 8
+  program = _analyse(
+    lambda x, w: jax.lax.scan(lambda x, w: (jnp.sin(x @ w), None), x, w)[0],
+    _f32(rows, width),
+    _f32(layers, width, width),
+  )
+  weights = 4 * layers * width * width
+  # A slice may be written and read again before it is multiplied.
+  assert weights <= program.bytes_accessed < 4 * weights
+
+
+def test_elementwise_traffic_is_operands_and_result():
+  """One fusion reads two arrays and writes one."""
+  program = _analyse(
+    lambda x, y: jnp.exp(x) * y + 1, _f32(128, 256), _f32(128, 256)
+  )
+  assert program.bytes_accessed == 3 * 4 * 128 * 256
+  assert program.flops == 0
+
+
+def _mesh() -> Mesh:
+  return Mesh(
+    np.asarray(jax.devices()).reshape(2, 4),
+    tuple(AXES),
+    axis_types=(AxisType.Auto,) * 2,
+  )
+
+
+def _mapped(function, axes) -> hlo.Collective:
+  """The one collective of a function of each device's own [16, 32] float32."""
+  mesh = _mesh()
+  spec = P(("data", "fsdp"))
+  mapped = jax.shard_map(
+    functools.partial(function, axes=axes),
+    mesh=mesh,
+    in_specs=spec,
+    out_specs=spec,
+    check_vma=False,
+  )
+  x = jax.ShapeDtypeStruct(
+    (8 * 16, 32), jnp.float32, sharding=NamedSharding(mesh, spec)
+  )
+  program = _analyse(mapped, x)
+  assert program.num_devices == 8
+  (collective,) = program.collectives
+  return collective
+
+
+def _ring(x, axes):
+  n = AXES[axes]
+  return jax.lax.ppermute(x, axes, [(i, (i + 1) % n) for i in range(n)])
+
+
+_PAYLOAD = 16 * 32 * 4
+
+
+@pytest.mark.parametrize("axes", ["data", "fsdp", ("data", "fsdp")])
+@pytest.mark.parametrize(
+  ("kind", "function", "whole", "factor"),
+  [
+    ("all-reduce", lambda x, axes: jax.lax.psum(x, axes), 1, 2),
+    (
+      "all-gather",
+      lambda x, axes: jax.lax.all_gather(x, axes, tiled=True),
+      "n",
+      1,
+    ),
+    (
+      "reduce-scatter",
+      lambda x, axes: jax.lax.psum_scatter(x, axes, tiled=True),
+      1,
+      1,
+    ),
+    (
+      "all-to-all",
+      lambda x, axes: jax.lax.all_to_all(x, axes, 0, 0, tiled=True),
+      1,
+      1,
+    ),
+  ],
+)
+def test_collectives_by_hand(kind, function, whole, factor, axes):
+  """Kind, axes, payload and the bytes that a device sends."""
+  found = _mapped(function, axes)
+  names = (axes,) if isinstance(axes, str) else axes
+  n = math.prod(AXES[name] for name in names)
+  assert (found.kind, found.group_size, found.executions) == (kind, n, 1)
+  assert mesh_axes(found, AXES) == "+".join(names)
+  assert found.operand_bytes == _PAYLOAD
+  size = _PAYLOAD * (n if whole == "n" else whole)
+  assert found.whole_bytes == size
+  assert found.sent_bytes == pytest.approx(factor * (n - 1) / n * size)
+  assert found.dtypes == ("f32",)
+
+
+@pytest.mark.parametrize("axes", ["data", "fsdp"])
+def test_a_permute_sends_its_payload_along_its_axis(axes):
+  """Pairs of a ring along one axis."""
+  found = _mapped(_ring, axes)
+  assert found.kind == "collective-permute"
+  assert mesh_axes(found, AXES) == axes
+  assert len(found.groups) == 8
+  assert found.sent_bytes == _PAYLOAD
+
+
+def test_collectives_in_a_scan_are_executed_each_time():
+  """FSDP: each of six layers gathers its weights once."""
+  mesh = _mesh()
+
+  def loss(w, x):
+    def layer(x, w):
+      w = jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P()))
+      return jnp.tanh(x @ w), None
+
+    return jax.lax.scan(layer, x, w)[0]
+
+  program = _analyse(
+    loss,
+    jax.ShapeDtypeStruct(
+      (6, 64, 64),
+      jnp.float32,
+      sharding=NamedSharding(mesh, P(None, "fsdp")),
+    ),
+    jax.ShapeDtypeStruct(
+      (16, 64), jnp.float32, sharding=NamedSharding(mesh, P("data"))
+    ),
+  )
+  gathers = [c for c in program.collectives if c.kind == "all-gather"]
+  gathered = sum(c.executions * c.result_bytes for c in gathers)
+  assert gathered == 6 * 64 * 64 * 4
+  assert {mesh_axes(c, AXES) for c in gathers} == {"fsdp"}
+
+
+@pytest.mark.parametrize(
+  ("text", "groups"),
+  [
+    ("replica_groups={{0,1},{2,3}}, x=1", ((0, 1), (2, 3))),
+    ("replica_groups=[2,4]<=[8], x=1", ((0, 1, 2, 3), (4, 5, 6, 7))),
+    (
+      "replica_groups=[4,2]<=[2,4]T(1,0), x=1",
+      ((0, 4), (1, 5), (2, 6), (3, 7)),
+    ),
+    ("replica_groups={}, x=1", (tuple(range(8)),)),
+    ("channel_id=1", (tuple(range(8)),)),
+    ("source_target_pairs={{0,1},{1,0}}", ((0, 1), (1, 0))),
+    (
+      "replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=2],"
+      " device_ids=([2,4]T(1,0)) {'axis_0'}, dimensions={0}",
+      ((0, 1, 2, 3), (4, 5, 6, 7)),
+    ),
+    (
+      "replica_groups=mesh['a'=2,'b'=4] {'a'}, dimensions={1}",
+      ((0, 4), (1, 5), (2, 6), (3, 7)),
+    ),
+    # The outer half of an axis of four, the inner half, and both out of order.
+    (
+      "replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}",
+      ((0, 2), (1, 3), (4, 6), (5, 7)),
+    ),
+    (
+      "replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}",
+      ((0, 1), (2, 3), (4, 5), (6, 7)),
+    ),
+    (
+      "replica_groups=mesh['a'=2,'b'=4] {'b':(2)2,'a'}",
+      ((0, 4, 1, 5), (2, 6, 3, 7)),
+    ),
+  ],
+)
+def test_device_groups_in_every_printed_form(text, groups):
+  """Explicit, iota, transposed iota, mesh and sub-axis groups."""
+  assert device_groups(text, 8) == groups
+
+
+def test_groups_that_leave_out_devices_are_marked():
+  """Half of an axis is not the axis."""
+  found = _mapped(lambda x, axes: jax.lax.psum(x, axes), "fsdp")
+  assert mesh_axes(found, {"data": 1, "fsdp": 8}) == "fsdp[4 of 8]"
+  with pytest.raises(UserError, match="beyond the 4 devices"):
+    mesh_axes(found, {"data": 1, "fsdp": 4})
+
+
+@pytest.mark.parametrize(
+  ("text", "size", "stored", "space"),
+  [
+    ("f32[8,4]{1,0}", 128, 128, 0),
+    ("bf16[3,100]{1,0:T(8,128)(2,1)S(1)}", 600, 8 * 128 * 2, 1),
+    ("f32[256,4]{0,1:T(4,128)}", 4096, 4096, 0),
+    ("s4[3]{0}", 2, 2, 0),
+    ("f8e4m3fn[2,2]{1,0}", 4, 4, 0),
+    ("pred[]{:T(512)}", 1, 512, 0),
+    ("u32[<=7]{0}", 28, 28, 0),
+  ],
+)
+def test_sizes_of_arrays(text, size, stored, space):
+  """Values, tiles' padding and memory space."""
+  (shape,) = parse_shapes(text)
+  assert (shape.bytes, shape.stored_bytes, shape.space) == (size, stored, space)
+
+
+def test_what_is_no_module_is_refused():
+  """A line, not a traceback from the middle of a parser."""
+  with pytest.raises(UserError, match="not the text of an HLO module"):
+    hlo.analyse("module @jit_f {}")
