@@ -2,6 +2,7 @@
 
 import functools
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -342,3 +343,67 @@ def test_what_is_no_module_is_refused():
   """A line, not a traceback from the middle of a parser."""
   with pytest.raises(UserError, match="not the text of an HLO module"):
     hlo.analyse("module @jit_f {}")
+
+
+def _fixture(name: str) -> hlo.Program:
+  path = pathlib.Path(__file__).parent / "fixtures" / f"{name}.hlo.txt"
+  return hlo.analyse(path.read_text())
+
+
+def test_a_tpus_scan_over_split_weights():
+  """Compiled for v5e:2x4 by `python -m tests.analysis.make_hlo_fixtures`.
+
+  Three layers of [512, 2048] x [2048, 2048] on each chip: their products are
+  convolutions, loops say their trips only in their conditions, gathers are
+  fusions of three steps, and the reduce-scatter is a fused all-reduce.
+  """
+  program = _fixture("fsdp_scan")
+  assert program.num_devices == 8
+  assert program.flops == 3 * 3 * 2 * 512 * 2048 * 2048
+  assert [loop.trips for loop in program.loops] == [3, 3]
+  sent: dict[tuple[str, str], float] = {}
+  for found in program.collectives:
+    key = (found.kind, mesh_axes(found, AXES))
+    sent[key] = sent.get(key, 0) + found.total_bytes
+  weights = 3 * 2048 * 2048 * 2
+  # Forward and backward gather; gradients are summed over fsdp, then data.
+  assert sent["all-gather", "fsdp"] == 2 * 3 / 4 * weights
+  assert sent["all-reduce", "data"] == 2 * 1 / 2 * weights / 4
+  # 2,048 rows in four parts are padded to 2,240, with halos sent onwards.
+  scattered = sent.pop(("reduce-scatter", "fsdp"))
+  assert scattered == pytest.approx(3 / 4 * weights, rel=0.04)
+  halo = sent.pop(("collective-permute", "fsdp"))
+  assert halo < 0.05 * scattered
+  assert set(sent) == {("all-gather", "fsdp"), ("all-reduce", "data")}
+
+
+def test_a_tpus_memory_traffic_leaves_out_the_chips_own():
+  """The same program reads its weights and rows once, and writes gradients.
+
+  Gathered weights and activations stay in the chip's own memory, `S(1)`.
+  """
+  program = _fixture("fsdp_scan")
+  part = 3 * 512 * 2048 * 2
+  everywhere = hlo.analyse(
+    (pathlib.Path(__file__).parent / "fixtures" / "fsdp_scan.hlo.txt")
+    .read_text()
+    .replace("S(1)", "")
+  )
+  assert 2 * part < program.bytes_accessed < 4 * part
+  assert everywhere.bytes_accessed > 3 * program.bytes_accessed
+
+
+def test_a_kernels_stated_cost_counts():
+  """`cost_estimate` of a Pallas call, four times in a loop (same command)."""
+  program = _fixture("pallas_call")
+  assert program.flops == 4 * 1000
+  assert not program.uncounted
+  text = (
+    (pathlib.Path(__file__).parent / "fixtures" / "pallas_call.hlo.txt")
+    .read_text()
+    .replace("cost_estimate", "cost_guess")
+    .replace('"flops"', '"floops"')
+  )
+  silent = hlo.analyse(text)
+  assert silent.flops == 0
+  assert silent.uncounted == {"tpu_custom_call": 4}
