@@ -11,6 +11,8 @@ on TPU v4 without megacore and TPU7x, where it is one of the chip's two cores.
 [book] Austin et al., "How to Scale Your Model", jax-ml.github.io/scaling-book: TPUs
   in chapter 2, GPUs in chapter 12 (which quotes nvidia.com's product pages). Its ICI
   links have 10% less than [gcp]'s, 4.5e10 and 9e10 bytes/s.
+[xla] What XLA read from such devices: github.com/openxla/xla, xla/backends/gpu/
+  target_config/specs/*.txtpb (`device_memory_size`, `memory_bandwidth`).
 [nvidia] NVIDIA's data sheets of the chip and of its DGX system.
 """
 
@@ -63,8 +65,9 @@ class Chip:
     name: what configurations call it.
     kinds: parts of `device.device_kind`.
     flops_per_s: dense bfloat16 matrix products.
-    hbm_bytes: TPU: what a program can have; GPU: the vendor's nominal size, of
-      which the driver and XLA's allocator keep some. None: not sourced.
+    hbm_bytes: TPU: what a program can have; GPU: what the device reports, of
+      which jax takes 75% unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+      None: not sourced.
     hbm_bytes_per_s: None: not sourced.
     interconnect: None: not sourced, or none.
     sources: of the figures, as the module lists them.
@@ -136,43 +139,46 @@ CHIPS: tuple[Chip, ...] = (
     name="h100",
     kinds=("H100",),
     flops_per_s=989e12,
-    hbm_bytes=80e9,
-    hbm_bytes_per_s=3.35e12,
+    hbm_bytes=84_942_979_072,
+    hbm_bytes_per_s=3.352e12,
     # 18 links of 25e9; 8 network cards of 400 Gb/s for 8 GPUs.
     interconnect=Switched(450e9, 8, network_bytes_per_s=50e9),
-    sources="[book] 12, [nvidia] H100 SXM, DGX H100",
+    sources="[book] 12; memory and bandwidth [xla] h100_sxm",
   ),
   Chip(
     name="h200",
     kinds=("H200",),
     flops_per_s=989e12,
-    hbm_bytes=141e9,
+    hbm_bytes=151_397_597_184,
     hbm_bytes_per_s=4.8e12,
     interconnect=Switched(450e9, 8, network_bytes_per_s=50e9),
     sources=(
-      "[book] 12; memory, links and network: NVIDIA's H200-SXM-141GBx8 in"
-      " github.com/mlcommons/inference_results_v4.1"
+      "[book] 12; memory and bandwidth [xla] h200; links and network: NVIDIA's"
+      " H200-SXM-141GBx8 in github.com/mlcommons/inference_results_v4.1"
     ),
   ),
   Chip(
     name="b200",
     kinds=("B200",),
     flops_per_s=2250e12,
-    # DGX B200: 1,440 GB and 64 TB/s of 8 GPUs.
-    hbm_bytes=180e9,
-    hbm_bytes_per_s=8e12,
+    # [book] and DGX B200 have 8e12.
+    hbm_bytes=191_514_411_008,
+    hbm_bytes_per_s=7.672e12,
     interconnect=Switched(900e9, 8, network_bytes_per_s=50e9),
-    sources="[book] 12, [nvidia] DGX B200",
+    sources="[book] 12; memory and bandwidth [xla] b200",
   ),
   Chip(
     name="a100",
     kinds=("A100",),
     flops_per_s=312e12,
-    hbm_bytes=80e9,
-    hbm_bytes_per_s=2.0e12,
+    hbm_bytes=85_100_068_864,
+    hbm_bytes_per_s=2.039e12,
     # 12 links of 25e9; network cards of 200 Gb/s.
     interconnect=Switched(300e9, 8, network_bytes_per_s=25e9),
-    sources="[book] 12 (SXM, 80 GB); network [nvidia] DGX A100, not checked",
+    sources=(
+      "[book] 12; memory and bandwidth [xla] a100_sxm_80; network [nvidia] DGX"
+      " A100, not checked"
+    ),
   ),
   # For MFU alone; peaks from [nvidia], not checked again.
   Chip(name="h100_pcie", kinds=("H100 PCIe",), flops_per_s=756e12),
