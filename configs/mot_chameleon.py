@@ -136,5 +136,5 @@ def _paper(name: str) -> Experiment:
       eval_every=1000,
       checkpoint_every=1000,
     ),
-    mesh=MeshConfig(preset="gpu"),
+    mesh=MeshConfig(preset="auto"),
   )

@@ -37,6 +37,10 @@ class Batch:
     layout: where each position stands in its tower's array; None for a model
       with one tower.
     latents: continuous patch latents, or None.
+    stored: where each position of the sequence stands in the row. None: in order;
+      otherwise the row was dealt to context-parallel devices
+      (`fusionlab.sharding.batches.split_rows`) and all other fields are in that
+      order, while `k_start` and `k_end` go on to count positions of the sequence.
   """
 
   tokens: Int[Array, "B L"]
@@ -49,6 +53,7 @@ class Batch:
   weight: Float[Array, "B L"]
   layout: Layout | None = None
   latents: Float[Array, "B L C"] | None = None
+  stored: Int[Array, "B L"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ layout replaces its boolean masks.
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import flax.struct
 import jax
@@ -22,10 +22,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from fusionlab.errors import UserError
+from fusionlab.sharding import axes
+from fusionlab.sharding.rules import per_shard, sequence_shards
 from fusionlab.towers import Towers
 
 Array = jax.Array | np.ndarray
 Routed: TypeAlias = tuple[jax.Array, ...]
+# Of arrays that are split along their second axis too, positions or places.
+_PLACES = (axes.ACT_GROUP, axes.ACT_LENGTH)
 
 
 @flax.struct.dataclass
@@ -43,6 +47,26 @@ class Layout:
 
   take: tuple[Int[Array, "G _"], ...]
   place: Int[Array, "G N"]
+
+  def within(self, parts: int) -> "Layout":
+    """The layout of each part of a split row, counted within the part.
+
+    Args:
+      parts: equal parts of which each holds the same share of every tower's
+        places, part after part (`fusionlab.sharding.batches.split_rows`).
+    """
+    if parts == 1:
+      return self
+    size = self.place.shape[1] // parts
+    place, start = jnp.zeros_like(self.place), 0
+    for take in self.take:
+      count = take.shape[1]
+      rank = jnp.asarray(self.place) - start
+      here = (rank >= 0) & (rank < count)
+      local = start // parts + rank % (count // parts)
+      place = jnp.where(here, local, place)
+      start += count
+    return Layout(tuple(take % size for take in self.take), place)
 
 
 def make_layout(
@@ -111,14 +135,29 @@ def _gather(x: Array, index: Array) -> jax.Array:
   return jnp.take_along_axis(x, index, axis=1, mode="promise_in_bounds")
 
 
-@jax.custom_vjp
-def _route(x: Array, layout: Layout) -> Routed:
+def _apart(x: Array, layout: Layout) -> Routed:
   return tuple(_gather(x, take) for take in layout.take)
 
 
-@jax.custom_vjp
-def _unroute(routed: Routed, layout: Layout) -> jax.Array:
+def _together(routed: Routed, layout: Layout) -> jax.Array:
   return _gather(jnp.concatenate(routed, axis=1), layout.place)
+
+
+# Split rows: each device moves its own positions, by a layout that counts them.
+# The derivatives stand outside of `per_shard`, whose own would sum them over the
+# devices that hold the same positions.
+def _moved(f: Callable[..., Any], split: bool) -> Callable[..., Any]:
+  return per_shard(f, (_PLACES, _PLACES), _PLACES) if split else f
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _route(x: Array, layout: Layout, split: bool = False) -> Routed:
+  return _moved(_apart, split)(x, layout)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _unroute(routed: Routed, layout: Layout, split: bool = False) -> jax.Array:
+  return _moved(_together, split)(routed, layout)
 
 
 def _no_gradient(layout: Layout) -> Layout:
@@ -126,12 +165,15 @@ def _no_gradient(layout: Layout) -> Layout:
 
 
 _route.defvjp(
-  lambda x, layout: (_route(x, layout), layout),
-  lambda layout, g: (_unroute(g, layout), _no_gradient(layout)),
+  lambda x, layout, split: (_route(x, layout, split), layout),
+  lambda split, layout, g: (
+    _unroute(g, layout, split),
+    _no_gradient(layout),
+  ),
 )
 _unroute.defvjp(
-  lambda routed, layout: (_unroute(routed, layout), layout),
-  lambda layout, g: (_route(g, layout), _no_gradient(layout)),
+  lambda routed, layout, split: (_unroute(routed, layout, split), layout),
+  lambda split, layout, g: (_route(g, layout, split), _no_gradient(layout)),
 )
 
 
@@ -153,12 +195,16 @@ def _linear_backward(
 _linear.defvjp(lambda x, weight: (x @ weight, (x, weight)), _linear_backward)
 
 
-def route(x: Float[Array, "B L *f"], layout: Layout | None) -> Routed:
+def route(
+  x: Float[Array, "B L *f"], layout: Layout | None, *, split: bool = False
+) -> Routed:
   """Moves a sequence-order array into one array per tower, by gathers.
 
   Args:
     x: any features in sequence order.
     layout: the batch's layout; None leaves one tower in sequence order.
+    split: whether the positions of rows lie over devices, in groups of one row,
+      and `layout` counts within a device's part.
 
   Returns:
     Per tower `[G, C_k, *f]`; `([B, L, *f],)` without a layout.
@@ -166,11 +212,11 @@ def route(x: Float[Array, "B L *f"], layout: Layout | None) -> Routed:
   if layout is None:
     return (jnp.asarray(x),)
   groups, size = layout.place.shape
-  return _route(x.reshape(groups, size, *x.shape[2:]), layout)
+  return _route(x.reshape(groups, size, *x.shape[2:]), layout, split)
 
 
 def unroute(
-  routed: Routed, layout: Layout | None, length: int
+  routed: Routed, layout: Layout | None, length: int, *, split: bool = False
 ) -> Float[Array, "B L *f"]:
   """Moves one array per tower back into sequence order: route's inverse.
 
@@ -178,10 +224,11 @@ def unroute(
     routed: per tower `[G, C_k, *f]`.
     layout: the layout that made them.
     length: L, tokens in a row.
+    split: see `route`.
   """
   if layout is None:
     return routed[0]
-  x = _unroute(routed, layout)
+  x = _unroute(routed, layout, split)
   return x.reshape(-1, length, *x.shape[2:])
 
 
@@ -202,6 +249,8 @@ class Router:
     length: L.
     dispatch: "layout", "ragged", "select" or "present".
     subset: for "present", index into `subsets` of the towers that occur.
+    split: whether rows lie over context-parallel devices, each of which routes its
+      own positions; `layout` then counts within a device's part.
   """
 
   layout: Layout | None
@@ -209,12 +258,13 @@ class Router:
   length: int = flax.struct.field(pytree_node=False)
   dispatch: str = flax.struct.field(pytree_node=False)
   subset: Int[Array, ""] | None = None
+  split: bool = flax.struct.field(pytree_node=False, default=False)
 
   def enter(self, stream: Routed) -> Routed:
     """Sequence order to routed order."""
     if self.layout is None:
       return stream
-    routed = route(stream[0], self.layout)
+    routed = route(stream[0], self.layout, split=self.split)
     if self.dispatch == "ragged":
       return (_join(routed),)
     return routed
@@ -225,7 +275,8 @@ class Router:
       return stream
     if self.dispatch == "ragged":
       stream = self._split(stream[0])
-    return (jnp.asarray(unroute(stream, self.layout, self.length)),)
+    x = unroute(stream, self.layout, self.length, split=self.split)
+    return (jnp.asarray(x),)
 
   def apply(
     self, f: Callable[..., jax.Array], stream: Routed, *weights: Routed
@@ -315,6 +366,7 @@ def make_router(
   dispatch: str,
   *,
   real: Bool[Array, "B L"] | None = None,
+  split: bool = False,
 ) -> Router:
   """Prepares the routing of a batch.
 
@@ -324,9 +376,12 @@ def make_router(
     modality: the batch's modality ids.
     dispatch: "layout", "ragged", "select" or "present".
     real: for "present", the positions that count; default all.
+    split: whether the rows were dealt to the context-parallel devices of the
+      mesh in scope.
 
   Raises:
-    UserError: several towers and no layout, or a layout of other towers.
+    UserError: several towers and no layout, a layout of other towers, or split
+      rows and "ragged", which sorts the tokens of all rows together.
   """
   length = modality.shape[1]
   if towers.count == 1:
@@ -354,4 +409,10 @@ def make_router(
       f"the batch's layout has {len(layout.take)} towers and the model"
       f" {towers.count} ({', '.join(towers.names)})"
     )
-  return Router(layout, tower, length, dispatch)
+  parts = sequence_shards() if split else 1
+  if parts > 1 and dispatch == "ragged":
+    raise UserError(
+      f"config.model.dispatch=ragged cannot be split over"
+      f" config.mesh.sequence={parts}; use config.model.dispatch=layout"
+    )
+  return Router(layout.within(parts), tower, length, dispatch, split=parts > 1)

@@ -24,6 +24,7 @@ from fusionlab.data import documents as docs
 from fusionlab.data.documents import Chances, Record
 from fusionlab.data.plan import Plan, Stream, plan_epoch
 from fusionlab.errors import UserError
+from fusionlab.sharding.batches import check_split, split_rows
 from fusionlab.towers import tower_counts
 
 _PLANS_KEPT = 3
@@ -49,6 +50,7 @@ class Rows:
     counts: places of each modality in a group.
     towers: tower of each modality; None leaves `Batch.layout` out.
     process_index, process_count: which equal share of the groups is made here.
+    parts: context-parallel devices that the positions of a row are dealt to.
   """
 
   row_length: int
@@ -58,9 +60,11 @@ class Rows:
   towers: tuple[int, ...] | None = None
   process_index: int = 0
   process_count: int = 1
+  parts: int = 1
 
   def __post_init__(self):
-    """Raises UserError where rows, groups and processes do not divide."""
+    """Raises UserError where rows, groups, processes and parts do not divide."""
+    check_split(self.group_rows, self.tower_places, self.parts)
     if self.batch_rows % self.group_rows:
       raise UserError(
         f"a batch of config.train.batch_size={self.batch_rows} rows is not a"
@@ -75,6 +79,13 @@ class Rows:
         f" {self.process_count * self.group_rows} or config.data.group_rows"
         f" smaller"
       )
+
+  @property
+  def tower_places(self) -> tuple[int, ...]:
+    """Places of each tower in a group; of all of them without towers."""
+    if self.towers is None:
+      return (self.group_rows * self.row_length,)
+    return tower_counts(self.counts, self.towers)
 
   @property
   def batch_groups(self) -> int:
@@ -248,15 +259,16 @@ class Loader:
         segment[row, column:until] = number + 1
         position[row, column:until] = np.arange(len(piece))
         column = until
-    return causal_batch(
+    batch = causal_batch(
       tokens,
       segment,
       position,
       self.vocabulary,
       towers=rows.towers,
-      counts=tower_counts(rows.counts, rows.towers) if rows.towers else (),
+      counts=rows.tower_places if rows.towers else (),
       group_rows=rows.group_rows,
     )
+    return split_rows(batch, rows.parts)
 
   def _documents(self, plan: Plan, pieces: slice) -> list[np.ndarray]:
     """Ids of consecutive pieces of a plan."""

@@ -1,6 +1,7 @@
 """Puts sources, preparation, plan and loaders together: `open_data`."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -62,6 +63,7 @@ def open_data(
   process_index: int = 0,
   process_count: int = 1,
   group_rows: int,
+  parts: int = 1,
 ) -> Data:
   """Prepares the sources where needed and opens the loaders of a run.
 
@@ -71,10 +73,11 @@ def open_data(
     experiment: `data`, `train.batch_size`, `train.seed` and the model's towers
       are read.
     tokenizers: of the run.
-    process_index: this process.
-    process_count: processes that share the batch.
+    process_index: this process's share of a batch.
+    process_count: shares that a batch is read in.
     group_rows: rows of a group (where `config.data.group_rows` is 0, the
       caller's rows per device).
+    parts: context-parallel devices that share a row.
 
   Raises:
     UserError: data that cannot be read or does not fit the rows and the layout,
@@ -117,7 +120,7 @@ def open_data(
     _units(prepared.values(), len(modalities)),
     row_length=config.row_length,
     group_rows=group_rows,
-    align=config.align,
+    align=math.lcm(config.align, parts),
   )
   # Held-out and train differ in the group's shape in nothing, so that one
   # compiled step scores both.
@@ -132,6 +135,7 @@ def open_data(
     towers=towers if routed else None,
     process_index=process_index,
     process_count=process_count,
+    parts=parts,
   )
 
   def loader(

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fusionlab.batch import Batch
-from fusionlab.sharding import rules
+from fusionlab.sharding.batches import place_batch
 from fusionlab.train.metrics import Row, add_sums, averages
 
 # Batches whose sums may still be on their way when the next one is sent.
@@ -18,32 +18,6 @@ _IN_FLIGHT = 2
 
 class Interrupted(Exception):
   """An evaluation was asked to stop; nothing of it is reported."""
-
-
-def place_batch(batch: Batch, mesh: Mesh) -> Batch:
-  """Makes global arrays of this process's rows.
-
-  Args:
-    batch: numpy arrays, this process's rows and groups.
-    mesh: the devices of all processes.
-
-  Raises:
-    UserError: rows or groups that the data shards do not divide.
-  """
-  shardings = rules.batch_shardings(_global_shapes(batch), mesh)
-  return jax.tree.map(
-    lambda x, s: jax.make_array_from_process_local_data(s, x), batch, shardings
-  )
-
-
-def _global_shapes(batch: Batch) -> Batch:
-  processes = jax.process_count()
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(
-      (x.shape[0] * processes, *x.shape[1:]), x.dtype
-    ),
-    batch,
-  )
 
 
 def loader_sums(

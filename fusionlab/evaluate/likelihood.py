@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 
 from fusionlab.batch import Batch, causal_batch
 from fusionlab.errors import UserError
-from fusionlab.sharding import rules
+from fusionlab.sharding import batches, rules
 
 Span = tuple[int, int]
 # A batch on its way: the documents of its rows, and the results to come.
@@ -243,7 +243,7 @@ class Scorer:
     )
     if self._mesh is None:
       return batch
-    return jax.device_put(batch, rules.batch_shardings(batch, self._mesh))
+    return jax.device_put(batch, batches.batch_shardings(batch, self._mesh))
 
 
 def _score_batch(

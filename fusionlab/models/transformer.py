@@ -21,6 +21,7 @@ from fusionlab.errors import UserError
 from fusionlab.models.block import Block, Context, stays_routed
 from fusionlab.models.config import TransformerConfig
 from fusionlab.nn.attention import Visibility, visibility_of
+from fusionlab.nn.embedding import lookup
 from fusionlab.nn.functional.rotary import rotary_angles
 from fusionlab.nn.norms import RMSNorm
 from fusionlab.nn.parameters import fan_in
@@ -34,6 +35,7 @@ from fusionlab.routing import (
 )
 from fusionlab.sharding import axes
 from fusionlab.sharding.rules import constrain
+from kernels_pallas.platform import target_platform
 
 # Per layer the collection "cache" of its block; leaves `[B, G, S, D]`.
 Cache: TypeAlias = tuple[Any, ...]
@@ -80,7 +82,7 @@ class Transformer(nn.Module):
     """Dtype of matmuls; parameters, norms and softmax stay float32."""
     name = self.config.compute_dtype
     if name == "auto":
-      name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+      name = "float32" if target_platform() == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
   @nn.compact
@@ -112,18 +114,29 @@ class Transformer(nn.Module):
         (c.dim, self.vocab_size),
         jnp.float32,
       )
-    router = make_router(towers, inputs.layout, inputs.modality, c.dispatch)
+    router = make_router(
+      towers,
+      inputs.layout,
+      inputs.modality,
+      c.dispatch,
+      split=inputs.stored is not None,
+    )
     context = Context(
       router,
-      self._visibility(inputs.position, inputs.k_start, inputs.k_end),
+      self._visibility(
+        inputs.position, inputs.k_start, inputs.k_end, stored=inputs.stored
+      ),
     )
-    stream = self._enter(embed, inputs.tokens, router)
+    row = (axes.ACT_BATCH,)
+    if inputs.stored is not None:
+      row = (axes.ACT_BATCH, axes.ACT_LENGTH)
+    stream = self._enter(embed, inputs.tokens, router, row)
     blocks = {"block": functools.partial(Block, c)}
     stack = Stack(blocks, c.num_layers, c.remat, c.scan_unroll, name="stack")
     nn.share_scope(self, stack)
     stream = stack(stream, context, train=train)
     norm = RMSNorm(towers, c.dim, "final_norm", c.norm_eps, name="final_norm")
-    return self._leave(stream, norm, router)
+    return constrain(self._leave(stream, norm, router), row)
 
   def decoding_params(self, params: Any) -> dict[str, Any]:
     """Parameters as `step` takes them: layers apart, in the dtype it computes in.
@@ -230,12 +243,13 @@ class Transformer(nn.Module):
     k_start: Int[Array, "B L"],
     k_end: Int[Array, "B L"],
     slot: Int[Array, "B L"] | None = None,
+    stored: Int[Array, "B L"] | None = None,
   ) -> Visibility:
     """What queries at these positions see, and how they are rotated."""
     c = self.config
     frequency = c.rope_scaling.frequencies(c.width_of_head, c.rope_base)
     angles = rotary_angles(position, frequency)
-    visibility = visibility_of(k_start, k_end, angles, slot)
+    visibility = visibility_of(k_start, k_end, angles, slot, stored)
     size = c.rope_scaling.magnitude
     if size == 1:
       return visibility
@@ -243,13 +257,14 @@ class Transformer(nn.Module):
     return dataclasses.replace(visibility, cos=cos, sin=sin)
 
   def _enter(
-    self, table: jax.Array, tokens: jax.Array, router: Router
+    self,
+    table: jax.Array,
+    tokens: jax.Array,
+    router: Router,
+    row: Sequence[str] = (axes.ACT_BATCH,),
   ) -> Routed:
-    """Tokens to the stream of the first layer."""
-    # Looked up before the cast: the gradient of a frequent id is a long sum,
-    # which bfloat16 cannot hold.
-    x = table[tokens].astype(self.compute_dtype)
-    stream = (constrain(x, (axes.ACT_BATCH,)),)
+    """Tokens to the stream of the first layer; `row` names their axes."""
+    stream = (constrain(lookup(table, tokens, self.compute_dtype, row), row),)
     return (
       router.enter(stream)
       if stays_routed(self.config.routed_towers)
@@ -269,7 +284,7 @@ class Transformer(nn.Module):
     stream = norm(stream, router)
     if towers.routes("final_norm") or stays_routed(towers):
       stream = router.leave(stream)
-    return constrain(stream[0], (axes.ACT_BATCH,))
+    return stream[0]
 
   def unembedding(self, params: Any) -> Float[Array, "d V"]:
     """The output table, float32; hidden states times it are the logits.

@@ -17,9 +17,9 @@ from fusionlab.errors import UserError
 from fusionlab.nn.functional.norms import layer_norm, rms_norm
 from fusionlab.nn.functional.rotary import rotate
 from fusionlab.nn.parameters import Weight, cast, declare, fan_in
-from fusionlab.routing import Routed, Router
+from fusionlab.routing import Layout, Routed, Router, route
 from fusionlab.sharding import axes
-from fusionlab.sharding.rules import per_shard
+from fusionlab.sharding.rules import per_shard, sequence_shards, whole
 from fusionlab.towers import Towers
 from kernels_pallas.attention import RefusedError, attention
 
@@ -34,6 +34,8 @@ class Visibility:
     slot: where each token's key and value are put in the cache, whose places
       `k_start` and `k_end` then count; one past the last puts it nowhere. None
       where there is no cache.
+    sequence: moves a row that was dealt to context-parallel devices into the
+      order of the sequence; None where it is in that order.
   """
 
   k_start: Int[Array, "B L"]
@@ -41,6 +43,7 @@ class Visibility:
   cos: Float[Array, "B L D/2"]
   sin: Float[Array, "B L D/2"]
   slot: Int[Array, "B L"] | None = None
+  sequence: Layout | None = None
 
 
 class Attention(nn.Module):
@@ -127,25 +130,46 @@ class Attention(nn.Module):
     if visibility.slot is not None:
       k = self._remember("k", k, visibility.slot)
       v = self._remember("v", v, visibility.slot)
-    documents = self.causal and visibility.slot is None
-    mix = functools.partial(
-      attention,
-      causal=documents,
-      documents=documents,
-      implementation=self.implementation,
-    )
-    row = (axes.ACT_BATCH, axes.ACT_LENGTH)
-    queries, keys = (*row, axes.HEADS), (*row, axes.KV_HEADS)
     try:
-      mixed = per_shard(mix, (queries, keys, keys, row, row), queries)(
-        q, k, v, visibility.k_start, visibility.k_end
-      )
+      mixed = self._mix(q, k, v, visibility)
     except RefusedError as refused:
       raise UserError(f"config.model.attention: {refused}") from refused
     mixed = mixed.reshape(*mixed.shape[:2], h * dh)
     out = router.enter((mixed,)) if routed else (mixed,)
     matrices = tuple(m.reshape(h * dh, d) for m in cast(w["o"], dtype))
     return router.linear(out, matrices)
+
+  def _mix(
+    self, q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility
+  ) -> Float[Array, "B Q H D"]:
+    """Softmax over the keys each query sees, on each device for its queries.
+
+    Where rows lie over context-parallel devices, each gathers the keys and values
+    of whole rows (as Llama 3 does: arXiv 2407.21783, section 3.3.2).
+    """
+    mix = functools.partial(attention, implementation=self.implementation)
+    intervals = visibility.k_start, visibility.k_end
+    if visibility.sequence is not None:
+      row = (axes.ACT_BATCH, axes.ACT_LENGTH)
+
+      def gathered(q, k, v, k_start, k_end, order):
+        k, v = (whole(x, 1, axes.ACT_LENGTH) for x in (k, v))
+        k, v = (route(x, order)[0] for x in (k, v))
+        return mix(q, k, v, k_start, k_end, causal=False, documents=False)
+
+      queries, keys = (*row, axes.HEADS), (*row, axes.KV_HEADS)
+      names = (queries, keys, keys, row, row, (axes.ACT_BATCH,))
+      return per_shard(gathered, names, queries)(
+        q, k, v, *intervals, visibility.sequence
+      )
+    documents = self.causal and visibility.slot is None
+    mix = functools.partial(mix, causal=documents, documents=documents)
+    # Rows in order are whole on each device; one device has them anyhow.
+    length = axes.ACT_LENGTH if sequence_shards() == 1 else None
+    row = (axes.ACT_BATCH, length)
+    queries, keys = (*row, axes.HEADS), (*row, axes.KV_HEADS)
+    names = (queries, keys, keys, row, row)
+    return per_shard(mix, names, queries)(q, k, v, *intervals)
 
   def _remember(
     self, name: str, new: jax.Array, slot: Int[Array, "B L"]
@@ -181,6 +205,13 @@ def visibility_of(
   k_end: Int[Array, "B L"],
   angles: Float[Array, "B L _"],
   slot: Int[Array, "B L"] | None = None,
+  stored: Int[Array, "B L"] | None = None,
 ) -> Visibility:
   """Bundles a batch's intervals with the rotation of its positions."""
-  return Visibility(k_start, k_end, jnp.cos(angles), jnp.sin(angles), slot)
+  sequence = None
+  if stored is not None and sequence_shards() > 1:
+    place = jnp.argsort(stored, axis=1).astype(jnp.int32)
+    sequence = Layout((stored,), place)
+  return Visibility(
+    k_start, k_end, jnp.cos(angles), jnp.sin(angles), slot, sequence
+  )

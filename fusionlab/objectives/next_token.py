@@ -11,6 +11,18 @@ import numpy as np
 from fusionlab.batch import Batch, Vocabulary
 from fusionlab.config import option
 from fusionlab.objectives.metrics import Mean
+from fusionlab.sharding import axes
+from fusionlab.sharding.rules import (
+  first_of_part,
+  max_over,
+  parts,
+  per_shard,
+  sum_over,
+  sum_to_part,
+  whole,
+)
+
+_TABLE = (axes.EMBED, axes.VOCAB)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +95,11 @@ class NextToken:
     if train and self.config.word_dropout and dropout_key is not None:
       batch = self._drop_words(batch, jax.random.fold_in(dropout_key, 1))
     hidden = model.apply({"params": params}, batch, train=train, rngs=rngs)
-    scored: Any = _scored(
-      self, hidden, model.unembedding(params), batch.target, batch.weight
-    )
+    row = (axes.ACT_BATCH,)
+    if batch.stored is not None:
+      row = (axes.ACT_BATCH, axes.ACT_LENGTH)
+    table = model.unembedding(params)
+    scored: Any = _scored(self, row, hidden, table, batch.target, batch.weight)
     loss, sums = scored
     names = self.vocabulary.modalities
     nll, weight = sums["nll"], sums["weight"]
@@ -121,22 +135,27 @@ class NextToken:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scored(objective, hidden, table, target, weight):
+# Rows lie over devices as the hidden states do, ids as the output table does. The
+# table is gathered once, not once a chunk, and its gradient is summed once.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scored(objective, row, hidden, table, target, weight):
   """(total loss to minimise, sums for the metrics) of all positions."""
-  return _scan(objective, hidden, table, target, weight, gradient=False)[:2]
+  f = functools.partial(_scan, objective, row, gradient=False)
+  return per_shard(f, (row, _TABLE, row, row), ())(
+    hidden, table, target, weight
+  )
 
 
-def _forward(objective, hidden, table, target, weight):
+def _forward(objective, row, hidden, table, target, weight):
   # The gradient of a chunk is taken while its logits exist: three matmuls, and
   # neither logits kept nor logits computed twice.
-  loss, sums, pulled = _scan(
-    objective, hidden, table, target, weight, gradient=True
+  f = functools.partial(_scan, objective, row, gradient=True)
+  return per_shard(f, (row, _TABLE, row, row), ((), (row, _TABLE)))(
+    hidden, table, target, weight
   )
-  return (loss, sums), pulled
 
 
-def _backward(objective, pulled, cotangents):
+def _backward(objective, row, pulled, cotangents):
   g, _ = cotangents  # the metrics carry no gradient
   d_hidden, d_table = pulled
   scaled = (d_hidden * g).astype(d_hidden.dtype), d_table * g
@@ -146,20 +165,23 @@ def _backward(objective, pulled, cotangents):
 _scored.defvjp(_forward, _backward)
 
 
-def _scan(objective, hidden, table, target, weight, *, gradient):
-  """Goes through the rows by chunks of positions."""
+def _scan(objective, row, hidden, table, target, weight, *, gradient):
+  """Goes through a device's part of the rows by chunks of positions."""
   config, vocabulary = objective.config, objective.vocabulary
   rows, length, width = hidden.shape
   chunks = -(-length // config.chunk)
   size = -(-length // chunks)
-  names = len(vocabulary.modalities)
+  names, ids = len(vocabulary.modalities), table.shape[-1] * parts(axes.VOCAB)
   # Ids beyond the tokenizers' stand for no bytes.
-  bytes_of = np.zeros(table.shape[-1], np.float32)
+  bytes_of = np.zeros(ids, np.float32)
   bytes_of[: objective.token_bytes.size] = objective.token_bytes
-  compute_table = table.astype(hidden.dtype)
+  compute_table = whole(table.astype(hidden.dtype), 0, axes.EMBED)
+  own_ids = jnp.arange(table.shape[-1])
+  if parts(axes.VOCAB) > 1:
+    own_ids += first_of_part(table.shape[-1], axes.VOCAB)
 
   def split(x):
-    """[B, L, ...] to [chunks, B, size, ...]: rows stay whole for sharding."""
+    """[B, L, ...] to [chunks, B, size, ...]."""
     pad = [(0, 0), (0, chunks * size - length)] + [(0, 0)] * (x.ndim - 2)
     x = jnp.pad(x, pad).reshape(rows, chunks, size, *x.shape[2:])
     return x.swapaxes(0, 1)
@@ -167,13 +189,13 @@ def _scan(objective, hidden, table, target, weight, *, gradient):
   def body(carry, chunk):
     (loss, sums, d_table), (h, target, weight) = carry, chunk
     logits = jnp.matmul(h, compute_table, preferred_element_type=jnp.float32)
-    top = logits.max(axis=-1)
+    top = max_over(logits.max(axis=-1), axes.VOCAB)
     exponentials = jnp.exp(logits - top[..., None])
-    total = exponentials.sum(-1)
+    total = sum_over(exponentials.sum(-1), axes.VOCAB)
     log_z = top + jnp.log(total)
     # One-hot by comparison: a gather's transpose would be a scatter.
-    hot = jnp.arange(logits.shape[-1]) == target[..., None]
-    chosen = jnp.sum(jnp.where(hot, logits, 0.0), axis=-1)
+    hot = own_ids == target[..., None]
+    chosen = sum_over(jnp.sum(jnp.where(hot, logits, 0.0), axis=-1), axes.VOCAB)
     nll = log_z - chosen
     per = weight * (
       vocabulary.modality_of(target) == jnp.arange(names)[:, None, None]
@@ -197,7 +219,7 @@ def _scan(objective, hidden, table, target, weight, *, gradient):
     d_logits = exponentials * slope[..., None]
     d_logits -= jnp.where(hot, weight[..., None], 0.0)
     d_logits = d_logits.astype(h.dtype)
-    d_h = jnp.matmul(d_logits, compute_table.T)
+    d_h = sum_over(jnp.matmul(d_logits, compute_table.T), axes.VOCAB)
     d_table += jnp.einsum(
       "BLD,BLV->DV", h, d_logits, preferred_element_type=jnp.float32
     )
@@ -206,12 +228,16 @@ def _scan(objective, hidden, table, target, weight, *, gradient):
   zero = jnp.zeros((), jnp.float32)
   sums = dict.fromkeys(("nll", "correct", "weight"), jnp.zeros(names))
   sums |= dict.fromkeys(("z", "byte_nll", "bytes"), zero)
-  d_table = jnp.zeros(table.shape if gradient else (), jnp.float32)
+  shape = compute_table.shape if gradient else ()
+  d_table = jnp.zeros(shape, jnp.float32)
   scanned: Any = jax.lax.scan(
     body, (zero, sums, d_table), (split(hidden), split(target), split(weight))
   )
   (loss, sums, d_table), d_hidden = scanned
+  scored = sum_over((loss, sums), *row)
   if not gradient:
-    return loss, sums, None
+    return scored
   d_hidden = d_hidden.swapaxes(0, 1).reshape(rows, chunks * size, width)
-  return loss, sums, (d_hidden[:, :length], d_table)
+  d_table = sum_to_part(d_table, 0, axes.EMBED)
+  d_table = sum_over(d_table, *row, but=axes.EMBED)
+  return scored, (d_hidden[:, :length], d_table)

@@ -9,6 +9,8 @@ KV_HEADS = "kv_heads"
 HEAD_DIM = "head_dim"
 FFN = "ffn"
 NORM = "norm"
+EXPERT = "expert"
+MEMORY_SLOT = "memory_slot"
 
 # Activations.
 ACT_BATCH = "act_batch"
@@ -17,6 +19,7 @@ ACT_LENGTH = "act_length"
 ACT_EMBED = "act_embed"
 
 PARAMETER_AXES = (
-  LAYERS, VOCAB, EMBED, HEADS, KV_HEADS, HEAD_DIM, FFN, NORM,
+  LAYERS, VOCAB, EMBED, HEADS, KV_HEADS, HEAD_DIM, FFN, NORM, EXPERT,
+  MEMORY_SLOT,
 )  # fmt: skip
 ACTIVATION_AXES = (ACT_BATCH, ACT_GROUP, ACT_LENGTH, ACT_EMBED)

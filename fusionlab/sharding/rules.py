@@ -1,33 +1,44 @@
 """Rules from named axes to mesh axes, and the shardings they give."""
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from fusionlab.batch import Batch
 from fusionlab.errors import UserError, nearest
 from fusionlab.sharding import axes
 
-# FSDP shards every parameter along its model width; the batch and the groups of
-# the layout are split over both data axes. An axis without a rule is whole.
+# FSDP shards every parameter along its model width, tensor parallelism along its
+# heads, FFN width or ids (Shoeybi et al., arXiv 1909.08053, section 3). Experts and
+# memory tables lie over `expert`, which splits the batch too, as `data` and `fsdp`
+# do. `sequence` splits the positions of a row. An axis without a rule is whole.
+BATCH = ("data", "fsdp", "expert")
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
   axes.LAYERS: None,
-  axes.VOCAB: None,
+  axes.VOCAB: "tensor",
   axes.EMBED: "fsdp",
-  axes.HEADS: None,
-  axes.KV_HEADS: None,
+  axes.HEADS: "tensor",
+  axes.KV_HEADS: "tensor",
   axes.HEAD_DIM: None,
-  axes.FFN: None,
+  axes.FFN: "tensor",
   axes.NORM: None,
-  axes.ACT_BATCH: ("data", "fsdp"),
-  axes.ACT_GROUP: ("data", "fsdp"),
-  axes.ACT_LENGTH: None,
+  axes.EXPERT: "expert",
+  axes.MEMORY_SLOT: "expert",
+  axes.ACT_BATCH: BATCH,
+  axes.ACT_GROUP: BATCH,
+  axes.ACT_LENGTH: "sequence",
   axes.ACT_EMBED: None,
+}
+
+# What a user changes where a parameter's axis does not divide.
+_KEYS: Mapping[str, str] = {
+  axes.VOCAB: "config.model.vocab_size",
+  axes.EMBED: "config.model.dim",
+  axes.HEADS: "config.model.num_heads",
+  axes.KV_HEADS: "config.model.num_kv_heads",
+  axes.FFN: "config.model.ffn_dim",
 }
 
 
@@ -56,15 +67,46 @@ def spec(names: Sequence[str | None]) -> PartitionSpec:
   return PartitionSpec(*entries)
 
 
-def _fits(mesh: Mesh, entry: Any, size: int) -> bool:
+def _parts(mesh: Mesh, entry: Any) -> int:
+  """Number of parts that an entry of a partition spec makes."""
   names = () if entry is None else (entry,) if isinstance(entry, str) else entry
-  return size % math.prod(mesh.shape[name] for name in names) == 0
+  return math.prod(mesh.shape[name] for name in names)
+
+
+def check_params(axes_tree: Any, abstract_tree: Any, mesh: Mesh) -> None:
+  """Refuses a mesh that does not divide a model's parameters.
+
+  Args:
+    axes_tree: tuples of axis names, as `model.param_axes()` gives them.
+    abstract_tree: the same tree of arrays or `jax.ShapeDtypeStruct`.
+    mesh: the device mesh.
+
+  Raises:
+    UserError: the first axis that does not divide, with the arithmetic and the
+      nearest size that would do.
+  """
+
+  def check(names: tuple[str, ...], array: Any) -> None:
+    for name, entry, size in zip(names, spec(names), array.shape, strict=True):
+      parts = _parts(mesh, entry)
+      if size % parts:
+        raise UserError(
+          f"config.mesh.{entry}={parts} does not divide {_KEYS.get(name, name)}"
+          f"={size} ({size} = {size // parts} x {parts} + {size % parts});"
+          f" choose a divisor, or {_KEYS.get(name, name)}="
+          f"{size + -size % parts}"
+        )
+
+  jax.tree.map(
+    check, axes_tree, abstract_tree, is_leaf=lambda x: isinstance(x, tuple)
+  )
 
 
 def param_shardings(axes_tree: Any, abstract_tree: Any, mesh: Mesh) -> Any:
   """Sharding of every parameter.
 
-  A parameter whose axis the mesh axis does not divide stays whole along it.
+  A model's own parameters divide (`check_params`). A part of one, as the rows of a
+  table that are trained, may not: it stays whole along that axis.
 
   Args:
     axes_tree: tuples of axis names, as `model.param_axes()` gives them.
@@ -81,7 +123,7 @@ def param_shardings(axes_tree: Any, abstract_tree: Any, mesh: Mesh) -> Any:
       mesh,
       PartitionSpec(
         *(
-          entry if _fits(mesh, entry, size) else None
+          entry if size % _parts(mesh, entry) == 0 else None
           for entry, size in zip(entries, array.shape, strict=True)
         )
       ),
@@ -90,48 +132,6 @@ def param_shardings(axes_tree: Any, abstract_tree: Any, mesh: Mesh) -> Any:
   return jax.tree.map(
     one, axes_tree, abstract_tree, is_leaf=lambda x: isinstance(x, tuple)
   )
-
-
-def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
-  """Sharding of every array of a batch: rows and groups over the data axes.
-
-  Groups that the data shards do not divide (a run resumed on more devices keeps
-  its groups) span devices: their layout is whole everywhere and routing costs
-  communication, which is logged once. Results do not depend on it.
-
-  Raises:
-    UserError: rows that the data shards do not divide, with the arithmetic; or
-      such groups with several processes, which read whole groups.
-  """
-  shards = data_shards(mesh)
-  rows = batch.tokens.shape[0]
-  if rows % shards:
-    raise UserError(
-      f"{rows} rows a step cannot be split over {shards} data shards"
-      f" (data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}); set"
-      f" config.train.batch_size to a multiple of {shards}"
-    )
-  first = NamedSharding(mesh, spec((axes.ACT_BATCH,)))
-  shardings = jax.tree.map(lambda _: first, batch)
-  if batch.layout is not None and batch.layout.place.shape[0] % shards:
-    groups = batch.layout.place.shape[0]
-    span = (
-      f"{rows} rows make {groups} group(s) of {rows // groups} rows, which"
-      f" cannot be split over {shards} data shards"
-    )
-    if jax.process_count() > 1:
-      raise UserError(
-        f"{span}; set config.data.group_rows to a divisor of {rows // shards}"
-      )
-    _warn_once(f"{span}: they span devices, and routing communicates")
-    whole = jax.tree.map(lambda _: replicated(mesh), batch.layout)
-    shardings = shardings.replace(layout=whole)
-  return shardings
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-  logging.warning("%s", message)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -149,7 +149,97 @@ def replicated_beside(params: Any) -> Sharding:
 
 def data_shards(mesh: Mesh) -> int:
   """Number of parts the batch is split into."""
-  return mesh.shape["data"] * mesh.shape["fsdp"]
+  return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def sequence_shards(mesh: Mesh | None = None) -> int:
+  """Number of parts a row is split into.
+
+  Args:
+    mesh: the devices; None: the mesh in scope, of which there may be none.
+  """
+  if mesh is not None:
+    return mesh.shape["sequence"]
+  scope = jax.sharding.get_abstract_mesh()
+  return 1 if scope.empty else scope.shape["sequence"]
+
+
+def _over(*names: str) -> tuple[str, ...]:
+  """Mesh axes, of several parts, that `per_shard` has split these names over."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return ()
+  entries = [e for e in map(RULES.__getitem__, names) if e is not None]
+  every = [a for e in entries for a in ((e,) if isinstance(e, str) else e)]
+  return tuple(
+    dict.fromkeys(
+      a for a in every if a in mesh.manual_axes and mesh.shape[a] > 1
+    )
+  )
+
+
+def parts(name: str) -> int:
+  """Number of parts that a named axis is in; within `per_shard`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return math.prod(mesh.shape[axis] for axis in _over(name))
+
+
+def whole(x: jax.Array, axis: int, name: str) -> jax.Array:
+  """All parts of an array, one after another; within `per_shard`.
+
+  Its transpose sums over the devices and leaves each its own part. Where the
+  mesh does not split the name, here as below: the array itself.
+
+  Args:
+    x: this device's part.
+    axis: the dimension that is split.
+    name: of `sharding.axes`, that dimension's.
+  """
+  over = _over(name)
+  return jax.lax.all_gather(x, over, axis=axis, tiled=True) if over else x
+
+
+def sum_to_part(x: jax.Array, axis: int, name: str) -> jax.Array:
+  """Sums over the devices and leaves each its part; within `per_shard`.
+
+  Args:
+    x: a whole array, this device's addend.
+    axis: the dimension to split.
+    name: of `sharding.axes`, that dimension's.
+  """
+  over = _over(name)
+  if not over:
+    return x
+  return jax.lax.psum_scatter(x, over, scatter_dimension=axis, tiled=True)
+
+
+def sum_over(x: Any, *names: str, but: str = "") -> Any:
+  """Sums arrays over the devices that split these names; within `per_shard`.
+
+  Args:
+    x: a tree of arrays.
+    names: of `sharding.axes`.
+    but: a name over whose devices nothing is summed.
+  """
+  skipped = _over(but) if but else ()
+  over = tuple(axis for axis in _over(*names) if axis not in skipped)
+  return jax.lax.psum(x, over) if over else x
+
+
+def max_over(x: jax.Array, name: str) -> jax.Array:
+  """The largest over the devices that split this name; within `per_shard`."""
+  over = _over(name)
+  return jax.lax.pmax(x, over) if over else x
+
+
+def first_of_part(size: int, name: str) -> jax.Array:
+  """Index at which this device's part begins; within `per_shard`.
+
+  Args:
+    size: of a part.
+    name: of `sharding.axes`, the axis that is split.
+  """
+  return jax.lax.axis_index(_over(name)) * size
 
 
 def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
@@ -167,20 +257,19 @@ def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
 
 
 def per_shard(
-  f: Callable[..., jax.Array],
-  inputs: Sequence[Sequence[str | None]],
-  output: Sequence[str | None],
-) -> Callable[..., jax.Array]:
+  f: Callable[..., Any], inputs: Any, outputs: Any
+) -> Callable[..., Any]:
   """Runs a function on each device's own part of its arguments.
 
-  For what the partitioner cannot split: kernels, and loops over the batch. No
-  part sees another, so nothing is communicated but what brings an argument that
-  lies otherwise into the given split.
+  For what the partitioner cannot split, kernels and loops over the batch, and
+  where it would communicate more than is needed. Parts meet only where `f` says
+  so (`whole`, `sum_over`, ...).
 
   Args:
-    f: of arrays; every axis that is split must be independent of the others.
-    inputs: for each argument, a name of `sharding.axes` for each leading axis.
-    output: the same for the result.
+    f: of arrays.
+    inputs: for each argument the names of `sharding.axes` of its leading axes,
+      () for a whole copy; or a tree of such tuples, as the argument is one.
+    outputs: the same for the result.
 
   Returns:
     A function of the whole arrays; without a mesh of several devices in scope,
@@ -189,11 +278,17 @@ def per_shard(
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return f
+
+  def is_names(x: Any) -> bool:
+    return isinstance(x, tuple) and all(
+      name is None or isinstance(name, str) for name in x
+    )
+
   return jax.shard_map(
     f,
     mesh=mesh,
-    in_specs=tuple(spec(names) for names in inputs),
-    out_specs=spec(output),
+    in_specs=jax.tree.map(spec, tuple(inputs), is_leaf=is_names),
+    out_specs=jax.tree.map(spec, outputs, is_leaf=is_names),
     check_vma=False,
   )
 

@@ -17,6 +17,7 @@ from fusionlab.experiment import Experiment
 from fusionlab.models import build_model
 from fusionlab.objectives import build_objective
 from fusionlab.sharding import rules
+from fusionlab.sharding.batches import process_share
 from fusionlab.sharding.mesh import make_mesh
 from fusionlab.tokenizers import Tokenizers, load_tokenizers
 from fusionlab.towers import parse_by_tower, tower_counts
@@ -190,6 +191,8 @@ def _by_tower(experiment: Experiment, key: str) -> dict[str, float]:
 def default_group_rows(experiment: Experiment, mesh: Mesh) -> int:
   """Rows of a group where `data.group_rows` is 0: one device's microbatch.
 
+  One row, where devices share the rows.
+
   Args:
     experiment: its batch_size and accumulate.
     mesh: the devices.
@@ -199,13 +202,14 @@ def default_group_rows(experiment: Experiment, mesh: Mesh) -> int:
   """
   train = experiment.train
   rows, shards = train.batch_size // train.accumulate, rules.data_shards(mesh)
+  one_row = rules.sequence_shards(mesh) > 1
   if rows % shards:
     raise UserError(
       f"config.train.batch_size={train.batch_size} in {train.accumulate}"
       f" microbatch(es) of {rows} rows cannot be split over {shards} data"
       f" shards; set it to a multiple of {train.accumulate * shards}"
     )
-  return rows // shards
+  return 1 if one_row else rows // shards
 
 
 def build(
@@ -228,21 +232,26 @@ def build(
   if tokenizers is None:
     data = experiment.data
     tokenizers = load_tokenizers(data.text_tokenizer, data.image_tokenizer)
+  model = build_model(
+    experiment.model, tokenizers.vocabulary, experiment.data.row_length
+  )
+  shapes = jax.eval_shape(model.init_params, jax.random.key(0))
+  rules.check_params(model.param_axes(), shapes, mesh)
+  index, count = process_share(mesh)
   opened = open_data(
     experiment,
     tokenizers,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    process_index=index,
+    process_count=count,
     group_rows=experiment.data.group_rows,
+    parts=rules.sequence_shards(mesh),
   )
   return Setup(
     experiment=experiment,
     mesh=mesh,
     tokenizers=tokenizers,
     data=opened,
-    model=build_model(
-      experiment.model, opened.vocabulary, experiment.data.row_length
-    ),
+    model=model,
     objective=build_objective(
       experiment.objective, opened.vocabulary, opened.token_bytes
     ),

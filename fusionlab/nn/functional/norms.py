@@ -87,6 +87,7 @@ def _mean_of_product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _sum_over_rows(x: jax.Array) -> jax.Array:
   """[d] of an array [..., d]."""
-  rows = x.reshape(-1, x.shape[-1])
-  ones = jnp.ones(rows.shape[0], rows.dtype)
-  return jnp.matmul(ones, rows, precision=_EXACT)
+  # Not by a reshape: axes that lie over devices cannot be joined.
+  over = tuple(range(x.ndim - 1))
+  ones = jnp.ones(x.shape[:-1], x.dtype)
+  return jax.lax.dot_general(ones, x, ((over, over), ((), ())), _EXACT)
