@@ -112,22 +112,29 @@ def custom_call_cost(
 ) -> tuple[int | None, int | None]:
   """FLOPs and bytes that a custom call states; None where it states none.
 
-  A Pallas kernel's `cost_estimate` (TPU), `flops` of other backend configs, and
-  cuBLAS's dimension numbers are read.
+  Read are a Pallas kernel's `cost_estimate` (TPU), `flops` of other configs, the
+  dimension numbers of cuBLAS, and the scores' shape of cuDNN's attention: two
+  products forward and five backward, a causal mask sparing half.
   """
-  attributes = instruction.attributes
-  gemm = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', attributes)
-  if "cublas" in instruction.target and gemm:
+  target = instruction.target
+  # Some backends print their config as a string with escaped quotes.
+  config = instruction.attributes.replace('\\"', '"')
+  gemm = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', config)
+  if "cublas" in target and gemm:
     dims = [int(d) for d in re.findall(r"\d+", gemm[1])]
     output = math.prod(instruction.shapes[0].dims)
     return dot_flops(output, operands[0], dims), None
-  # Some backends print their config as a string with escaped quotes.
-  text = attributes.replace('\\"', '"')
-  estimate = re.search(r'"cost_estimate":(\{[^}]*\})', text)
+  scores = re.search(r'"dimensions":\[([^\]]*)\]', config)
+  if target.startswith("__cudnn$fmha") and scores:
+    size = math.prod(int(d) for d in re.findall(r"\d+", scores[1]))
+    products = 5 if "Backward" in target else 2
+    flops = products * 2 * size * operands[0].dims[-1]
+    return flops // (2 if 'CAUSAL"' in config else 1), None
+  estimate = re.search(r'"cost_estimate":(\{[^}]*\})', config)
   if estimate:
     stated = json.loads(estimate[1])
     return int(stated.get("flops", 0)), int(stated.get("bytes_accessed", 0))
-  flops = re.search(r'"flops":"?([\d.e+]+)', text)
+  flops = re.search(r'"flops":"?([\d.e+]+)', config)
   return (int(float(flops[1])) if flops else None), None
 
 
@@ -199,7 +206,13 @@ class Traffic:
     if opcode == "custom-call":
       _, stated = custom_call_cost(instruction, operands)
       if stated:
-        return stated
+        return float(stated)
+      if instruction.shapes[1:] and instruction.shapes[-1].dtype in (
+        "s8",
+        "u8",
+      ):
+        # cuBLAS and cuDNN return their scratch space last.
+        return self._of(operands) + self._of(instruction.shapes[:-1])
     return self._of(operands) + self._of(instruction.shapes)
 
   def _like(self, part: Shape, whole: Shape) -> Shape:

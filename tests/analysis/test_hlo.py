@@ -407,3 +407,48 @@ def test_a_kernels_stated_cost_counts():
   silent = hlo.analyse(text)
   assert silent.flops == 0
   assert silent.uncounted == {"tpu_custom_call": 4}
+
+
+@pytest.mark.parametrize(
+  ("call", "flops"),
+  [
+    # As XLA:GPU prints them for an H100, shortened.
+    (
+      "(bf16[64,256]{1,0}, s8[4194304]{0}) custom-call(%q, %k),"
+      ' custom_call_target="__cublas$lt$matmul", backend_config={'
+      '"gemm_backend_config":{"beta":0,"dot_dimension_numbers":{'
+      '"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}',
+      2 * 64 * 256 * 32,
+    ),
+    (
+      "(bf16[2,64,4,32]{3,2,1,0}, u8[0]{0}) custom-call(%q, %k),"
+      ' custom_call_target="__cudnn$fmhaSoftmax", backend_config={'
+      '"cudnn_fmha_backend_config":{"intermediate_tensor_shape":{"dimensions":'
+      '["2","4","64","64"]},"mask_type":"NO_MASK"}}',
+      2 * 2 * 2 * 4 * 64 * 64 * 32,
+    ),
+    (
+      "(bf16[2,64,4,32]{3,2,1,0}, u8[0]{0}) custom-call(%q, %k),"
+      ' custom_call_target="__cudnn$fmhaSoftmaxBackward", backend_config={'
+      '"cudnn_fmha_backend_config":{"intermediate_tensor_shape":{"dimensions":'
+      '["2","4","64","64"]},"mask_type":"PADDING_CAUSAL"}}',
+      5 * 2 * 4 * 64 * 64 * 32,
+    ),
+  ],
+)
+def test_library_calls_of_a_gpu_count(call, flops):
+  """From dimension numbers, and from the shape of the scores."""
+  text = f"""HloModule jit_f, num_partitions=1
+
+ENTRY %main (q: bf16[64,32], k: bf16[32,256]) -> bf16[64,256] {{
+  %q = bf16[64,32]{{1,0}} parameter(0)
+  %k = bf16[32,256]{{1,0}} parameter(1)
+  %call = {call}
+  ROOT %out = bf16[64,256]{{1,0}} get-tuple-element(%call), index=0
+}}
+"""
+  program = hlo.analyse(text)
+  assert program.flops == flops
+  if "cublas" in call:
+    # The scratch space is not what the product reads or writes.
+    assert program.bytes_accessed == 2 * (64 * 32 + 32 * 256 + 64 * 256)
