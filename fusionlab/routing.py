@@ -147,7 +147,9 @@ def _together(routed: Routed, layout: Layout) -> jax.Array:
 # The derivatives stand outside of `per_shard`, whose own would sum them over the
 # devices that hold the same positions.
 def _moved(f: Callable[..., Any], split: bool) -> Callable[..., Any]:
-  return per_shard(f, (_PLACES, _PLACES), _PLACES) if split else f
+  if not split:
+    return f
+  return per_shard(f, (_PLACES, _PLACES), _PLACES, free=(axes.HEADS,))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

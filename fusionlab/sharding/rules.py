@@ -54,23 +54,24 @@ def spec(names: Sequence[str | None]) -> PartitionSpec:
     if name is not None and name not in RULES:
       raise UserError(f"unknown axis name {name!r}{nearest(name, RULES)}")
     entry = None if name is None else RULES[name]
-    mesh_axes = (
-      () if entry is None else (entry,) if isinstance(entry, str) else entry
-    )
-    if used & set(mesh_axes):
+    twice = used.intersection(_mesh_axes(entry))
+    if twice:
       raise UserError(
-        f"axes {tuple(names)} put mesh axis {sorted(used & set(mesh_axes))}"
-        f" twice on one array"
+        f"axes {tuple(names)} put mesh axis {sorted(twice)} twice on one array"
       )
-    used |= set(mesh_axes)
+    used.update(_mesh_axes(entry))
     entries.append(entry)
   return PartitionSpec(*entries)
 
 
+def _mesh_axes(entry: Any) -> tuple[str, ...]:
+  """The mesh axes in an entry of a partition spec."""
+  return () if entry is None else (entry,) if isinstance(entry, str) else entry
+
+
 def _parts(mesh: Mesh, entry: Any) -> int:
   """Number of parts that an entry of a partition spec makes."""
-  names = () if entry is None else (entry,) if isinstance(entry, str) else entry
-  return math.prod(mesh.shape[name] for name in names)
+  return math.prod(mesh.shape[name] for name in _mesh_axes(entry))
 
 
 def check_params(axes_tree: Any, abstract_tree: Any, mesh: Mesh) -> None:
@@ -169,8 +170,7 @@ def _over(*names: str) -> tuple[str, ...]:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return ()
-  entries = [e for e in map(RULES.__getitem__, names) if e is not None]
-  every = [a for e in entries for a in ((e,) if isinstance(e, str) else e)]
+  every = [axis for name in names for axis in _mesh_axes(RULES[name])]
   return tuple(
     dict.fromkeys(
       a for a in every if a in mesh.manual_axes and mesh.shape[a] > 1
@@ -257,7 +257,7 @@ def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
 
 
 def per_shard(
-  f: Callable[..., Any], inputs: Any, outputs: Any
+  f: Callable[..., Any], inputs: Any, outputs: Any, free: Sequence[str] = ()
 ) -> Callable[..., Any]:
   """Runs a function on each device's own part of its arguments.
 
@@ -270,6 +270,7 @@ def per_shard(
     inputs: for each argument the names of `sharding.axes` of its leading axes,
       () for a whole copy; or a tree of such tuples, as the argument is one.
     outputs: the same for the result.
+    free: names along which the partitioner goes on to split what `f` does.
 
   Returns:
     A function of the whole arrays; without a mesh of several devices in scope,
@@ -278,6 +279,7 @@ def per_shard(
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return f
+  left = {axis for entry in spec(free) for axis in _mesh_axes(entry)}
 
   def is_names(x: Any) -> bool:
     return isinstance(x, tuple) and all(
@@ -289,6 +291,7 @@ def per_shard(
     mesh=mesh,
     in_specs=jax.tree.map(spec, tuple(inputs), is_leaf=is_names),
     out_specs=jax.tree.map(spec, outputs, is_leaf=is_names),
+    axis_names=set(mesh.axis_names) - left,
     check_vma=False,
   )
 

@@ -205,23 +205,21 @@ def test_context_parallelism_gathers_keys_and_values(towers):
 
 
 def test_towers_add_parameters_bytes_and_nothing_else():
-  """On a mesh of three axes, by axis: what MoT sends more than dense does."""
+  """On a mesh of three axes: what MoT sends more than dense does, by kind."""
   sizes = (1, 2, 2, 1, 2)
   mot, dense = traffic(sizes, (0, 1)), traffic(sizes, (0, 0))
   assert set(mot) == set(dense)
+  extra = {key: mot[key] - dense[key] for key in mot}
   more = {k: v - bytes_of((0, 0))[k] for k, v in bytes_of((0, 1)).items()}
   # Along tensor each device has half of every matrix.
   half = more["matrices"] // 2
-  for (kind, over), nbytes in mot.items():
-    extra = nbytes - dense[kind, over]
-    if (kind, over) == ("all-gather", "fsdp"):
-      assert extra == 2 * half
-    elif over == "tensor":
-      assert 0 <= extra <= more["qk_norms"]
-    elif kind == "all-reduce" and "fsdp" in over:
-      assert half <= extra <= half + more["norms"] + more["qk_norms"]
-    else:
-      assert extra == 0, (kind, over)
+  assert extra.pop(("all-gather", "fsdp")) == 2 * half
+  assert extra.pop(("all-reduce", "tensor")) == more["qk_norms"]
+  # Gradients: over fsdp, of which each device keeps its half, then over sequence.
+  norms = more["norms"] + more["qk_norms"]
+  assert extra.pop(("all-reduce", "fsdp")) == half + norms
+  assert extra.pop(("all-reduce", "sequence")) == half // 2 + norms
+  assert not any(extra.values()), extra
 
 
 def test_groups_may_span_devices():
