@@ -63,7 +63,8 @@ class Program:
       what stays in on-chip memory (TPU's layouts say so) costs nothing.
     collectives: each with its executions.
     loops: every while loop.
-    uncounted: custom calls that state no FLOPs -> how often they run.
+    uncounted: custom calls that state no FLOPs, by target or Pallas kernel ->
+      how often they run.
   """
 
   name: str
@@ -179,7 +180,7 @@ class _Walk:
       operands = computation.operand_shapes(instruction)
       flops, _ = custom_call_cost(instruction, operands)
       if flops is None:
-        tally.uncounted[instruction.target] += 1
+        tally.uncounted[_call_name(instruction)] += 1
       else:
         tally.flops[operands[0].dtype if operands else ""] += flops
     for callee in instruction.callees:
@@ -203,6 +204,12 @@ class _Walk:
       self.module.num_partitions,
       kind=kind,
     )
+
+
+def _call_name(instruction: Instruction) -> str:
+  """The library's function, or the kernel that a Pallas call runs."""
+  scope = instruction.op_name.split("/")
+  return scope[-2] if scope[-1] == "pallas_call" else instruction.target
 
 
 def _sliced(computation: Computation, instruction: Instruction) -> bool:

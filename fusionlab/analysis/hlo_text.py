@@ -241,6 +241,17 @@ def _operands(literal: str) -> tuple[str, ...]:
   return tuple(names)
 
 
+def _computation(name: str, lines: list[str]) -> Computation:
+  instructions: dict[str, Instruction] = {}
+  root = ""
+  for line in lines:
+    found = _INSTRUCTION.match(line)
+    if found:
+      root = found[2] if found[1] or not root else root
+      instructions[found[2]] = _instruction(line, found.end(), found[2])
+  return Computation(name, instructions, root)
+
+
 def _instruction(line: str, start: int, name: str) -> Instruction:
   if line[start] == "(":
     end = _closing(line, start) + 1
@@ -277,25 +288,21 @@ def parse(text: str) -> Module:
     raise UserError("not the text of an HLO module: no 'HloModule' line")
   computations: dict[str, Computation] = {}
   entry = ""
-  current: tuple[str, dict[str, Instruction]] | None = None
-  root = ""
+  current: tuple[str, list[str]] | None = None
   for line in lines[1:]:
     if current is None:
       header = _HEADER.match(line)
       if header:
-        current, root = (header[2], {}), ""
+        current = (header[2], [])
         entry = header[2] if header[1] else entry
-      continue
-    if line.startswith("}"):
-      name, instructions = current
-      last = root or next(reversed(instructions))
-      computations[name] = Computation(name, instructions, last)
+    elif line.rstrip() == "}":
+      computations[current[0]] = _computation(*current)
       current = None
-      continue
-    found = _INSTRUCTION.match(line)
-    if found:
-      current[1][found[2]] = _instruction(line, found.end(), found[2])
-      root = found[2] if found[1] else root
+    elif _INSTRUCTION.match(line):
+      current[1].append(line)
+    elif current[1]:
+      # Attributes may hold text of several lines (a Pallas kernel's metadata).
+      current[1][-1] += " " + line
   if not entry:
     raise UserError("the HLO module has no ENTRY computation")
   partitions = re.search(r"num_partitions=(\d+)", lines[0])

@@ -72,6 +72,8 @@ def pallas_call() -> str:
     return pl.pallas_call(
       kernel,
       out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+      name="double",
+      metadata={"tile": "8"},  # printed on lines of its own
       cost_estimate=pl.CostEstimate(
         flops=1000, transcendentals=0, bytes_accessed=3000
       ),
@@ -97,8 +99,10 @@ def _shortened(text: str) -> str:
     return found[0] if any(key in found[0] for key in _READ) else ""
 
   rest = re.sub(r", backend_config=.*$", config, rest, flags=re.MULTILINE)
-  # Where an instruction comes from is only read of collectives and loops.
-  plain = r"^(?!.* (?:while|all-\w+|collective-\S+)\()(.*), metadata=\{[^}]*\}"
+  # Where it comes from is read of collectives, loops and kernels only.
+  plain = (
+    r"^(?!}}|.* (?:while|all-\w+|collective-\S+)\()(.*), metadata=\{[^}]*\}"
+  )
   rest = re.sub(plain, r"\1", rest, flags=re.MULTILINE)
   return head + blank + rest
 
