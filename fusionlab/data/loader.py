@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import grain
+import jax
 import numpy as np
 
 from fusionlab.batch import Batch, Vocabulary, causal_batch
@@ -24,6 +25,7 @@ from fusionlab.data import documents as docs
 from fusionlab.data.documents import Chances, Record
 from fusionlab.data.plan import Plan, Stream, plan_epoch
 from fusionlab.errors import UserError
+from fusionlab.routing import Layout
 from fusionlab.sharding.batches import check_split, split_rows
 from fusionlab.towers import tower_counts
 
@@ -91,6 +93,32 @@ class Rows:
   def batch_groups(self) -> int:
     """Groups of a step, over all processes."""
     return self.batch_rows // self.group_rows
+
+
+def abstract_batch(rows: Rows) -> Batch:
+  """Shapes and dtypes of the whole batch of all processes.
+
+  Args:
+    rows: shapes and shares.
+  """
+
+  def ints(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, np.int32)
+
+  size = (rows.batch_rows, rows.row_length)
+  layout = None
+  if rows.towers is not None:
+    groups, places = rows.batch_groups, rows.tower_places
+    layout = Layout(
+      tuple(ints(groups, count) for count in places),
+      ints(groups, sum(places)),
+    )
+  return Batch(
+    *(ints(*size) for _ in range(7)),
+    weight=jax.ShapeDtypeStruct(size, np.float32),
+    layout=layout,
+    stored=ints(*size) if rows.parts > 1 else None,
+  )
 
 
 class Loader:

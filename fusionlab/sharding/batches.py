@@ -81,14 +81,16 @@ def place_batch(batch: Batch, mesh: Mesh) -> Batch:
     lambda x: jax.ShapeDtypeStruct((x.shape[0] * count, *x.shape[1:]), x.dtype),
     batch,
   )
-  return jax.tree.map(
-    lambda x, sharding, whole: jax.make_array_from_process_local_data(
-      sharding, x, whole.shape
-    ),
-    batch,
-    batch_shardings(shapes, mesh),
-    shapes,
-  )
+  # The transfer that is meant; with several processes jax does not see that.
+  with jax.transfer_guard_host_to_device("allow"):
+    return jax.tree.map(
+      lambda x, sharding, whole: jax.make_array_from_process_local_data(
+        sharding, x, whole.shape
+      ),
+      batch,
+      batch_shardings(shapes, mesh),
+      shapes,
+    )
 
 
 def process_share(mesh: Mesh) -> tuple[int, int]:

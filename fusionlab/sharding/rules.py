@@ -64,6 +64,13 @@ def spec(names: Sequence[str | None]) -> PartitionSpec:
   return PartitionSpec(*entries)
 
 
+def is_names(x: Any) -> bool:
+  """Whether `x` is the names of one array's axes, not a tree of such."""
+  return isinstance(x, tuple) and all(
+    name is None or isinstance(name, str) for name in x
+  )
+
+
 def _mesh_axes(entry: Any) -> tuple[str, ...]:
   """The mesh axes in an entry of a partition spec."""
   return () if entry is None else (entry,) if isinstance(entry, str) else entry
@@ -98,9 +105,7 @@ def check_params(axes_tree: Any, abstract_tree: Any, mesh: Mesh) -> None:
           f"{size + -size % parts}"
         )
 
-  jax.tree.map(
-    check, axes_tree, abstract_tree, is_leaf=lambda x: isinstance(x, tuple)
-  )
+  jax.tree.map(check, axes_tree, abstract_tree, is_leaf=is_names)
 
 
 def param_shardings(axes_tree: Any, abstract_tree: Any, mesh: Mesh) -> Any:
@@ -130,9 +135,7 @@ def param_shardings(axes_tree: Any, abstract_tree: Any, mesh: Mesh) -> Any:
       ),
     )
 
-  return jax.tree.map(
-    one, axes_tree, abstract_tree, is_leaf=lambda x: isinstance(x, tuple)
-  )
+  return jax.tree.map(one, axes_tree, abstract_tree, is_leaf=is_names)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -280,11 +283,6 @@ def per_shard(
   if mesh.empty or mesh.size == 1:
     return f
   left = {axis for entry in spec(free) for axis in _mesh_axes(entry)}
-
-  def is_names(x: Any) -> bool:
-    return isinstance(x, tuple) and all(
-      name is None or isinstance(name, str) for name in x
-    )
 
   return jax.shard_map(
     f,

@@ -4,6 +4,7 @@ Splash takes a static mask and an id per position, not intervals. Where every
 interval is its document's beginning up to the query, the beginning is the id.
 """
 
+import concurrent.futures
 import functools
 
 import jax
@@ -143,21 +144,27 @@ def _modules():
 
 @functools.cache
 def _kernel(heads: int, length: int, block: int, interpret: bool):
+  # Splash makes its tables with jnp and keeps them: as tracers of the first
+  # trace they would be of no use to the second, so they become numpy's. A new
+  # thread is in no trace; `ensure_compile_time_eval` makes tracers all the same
+  # where a shard_map is being differentiated (jax 0.10).
+  with concurrent.futures.ThreadPoolExecutor(1) as fresh:
+    return fresh.submit(_made, heads, length, block, interpret).result()
+
+
+def _made(heads: int, length: int, block: int, interpret: bool):
   kernel, masks = _modules()
   mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
   names = ("block_q", "block_kv", "block_kv_compute")
   names += ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
   names += ("block_q_dq", "block_kv_dq")
-  # Splash makes its tables with jnp and keeps them: as tracers of the first
-  # trace they would be of no use to the second, so they become numpy's.
-  with jax.ensure_compile_time_eval():
-    made = kernel.make_splash_mha(
-      mask,
-      block_sizes=kernel.BlockSizes(**dict.fromkeys(names, block)),
-      # So that remat by name keeps the output and the log-sum-exps.
-      residual_checkpoint_name="attention",
-      head_shards=1,
-      q_seq_shards=1,
-      interpret=interpret,
-    )
-    return jax.tree.map(np.asarray, made)
+  made = kernel.make_splash_mha(
+    mask,
+    block_sizes=kernel.BlockSizes(**dict.fromkeys(names, block)),
+    # So that remat by name keeps the output and the log-sum-exps.
+    residual_checkpoint_name="attention",
+    head_shards=1,
+    q_seq_shards=1,
+    interpret=interpret,
+  )
+  return jax.tree.map(np.asarray, made)

@@ -1,0 +1,172 @@
+"""The steps of a run, compiled before there is a run: `--mode=compile`.
+
+Shapes alone are needed, so no data is read and nothing is allocated, and the
+devices may be those of a machine that is not there.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int, PyTree
+
+from fusionlab.batch import Vocabulary
+from fusionlab.data.loader import Rows, abstract_batch
+from fusionlab.data.plan import layout_counts
+from fusionlab.experiment import Experiment
+from fusionlab.models import build_model
+from fusionlab.objectives import build_objective
+from fusionlab.sharding import axes, rules
+from fusionlab.sharding.batches import batch_shardings
+from fusionlab.tokenizers import load_tokenizers
+from fusionlab.towers import tower_names
+from fusionlab.train.setup import Setup, build_steps, default_group_rows
+from fusionlab.train.state import with_shardings
+from fusionlab.train.workdir import resolve
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+  """What of `fusionlab.data.Data` the steps are made from.
+
+  Attributes:
+    vocabulary: the shared vocabulary.
+    token_bytes: zeros; values do not matter here.
+    layout_counts: places of each modality in a group.
+  """
+
+  vocabulary: Vocabulary
+  token_bytes: Int[np.ndarray, " V"]
+  layout_counts: tuple[int, ...]
+
+
+def setup_without_data(
+  experiment: Experiment, mesh: Mesh
+) -> tuple[Setup, Rows]:
+  """The parts of a run and the shape of its batches.
+
+  `config.data.layout=auto` takes the mixture's own places per tower, which only
+  the data knows; here every modality gets the same. FLOPs, bytes and traffic do
+  not depend on it but by rounding.
+
+  Args:
+    experiment: the configuration.
+    mesh: the devices.
+
+  Raises:
+    UserError: a mesh that does not fit the batch, the layout or the model.
+  """
+  experiment = resolve(experiment, default_group_rows(experiment, mesh))
+  config, model_config = experiment.data, experiment.model
+  tokenizers = load_tokenizers(config.text_tokenizer, config.image_tokenizer)
+  vocabulary = tokenizers.vocabulary
+  model = build_model(model_config, vocabulary, config.row_length)
+  shapes = jax.eval_shape(model.init_params, jax.random.key(0))
+  rules.check_params(model.param_axes(), shapes, mesh)
+  parts = rules.sequence_shards(mesh)
+  modalities = len(vocabulary.modalities)
+  counts = layout_counts(
+    config.layout,
+    vocabulary.modalities,
+    np.ones(modalities),
+    np.full(modalities, parts),
+    row_length=config.row_length,
+    group_rows=config.group_rows,
+    align=int(np.lcm(config.align, parts)),
+  )
+  towers = tuple(model_config.towers)
+  tower_names(vocabulary.modalities, towers)
+  routed = max(towers) > 0 and bool(model_config.untie.split())
+  rows = Rows(
+    row_length=config.row_length,
+    group_rows=config.group_rows,
+    batch_rows=experiment.train.batch_size,
+    counts=counts,
+    towers=towers if routed else None,
+    parts=parts,
+  )
+  token_bytes = np.zeros(vocabulary.size, np.int32)
+  return (
+    Setup(
+      experiment=experiment,
+      mesh=mesh,
+      tokenizers=tokenizers,
+      data=Shapes(vocabulary, token_bytes, counts),
+      model=model,
+      objective=build_objective(experiment.objective, vocabulary, token_bytes),
+    ),
+    rows,
+  )
+
+
+def lower_train_step(setup: Setup, rows: Rows) -> jax.stages.Lowered:
+  """Lowers the very step that training runs.
+
+  Args:
+    setup: of `setup_without_data`.
+    rows: shape of the batch.
+  """
+  steps = build_steps(setup)
+  batch = abstract_batch(rows)
+  shardings = batch_shardings(batch, setup.mesh)
+  return steps.train_step.lower(
+    with_shardings(steps.abstract, steps.shardings),
+    jax.tree.map(_with, batch, shardings),
+  )
+
+
+def lower_generation_step(
+  setup: Setup, *, rows_per_shard: int = 1
+) -> jax.stages.Lowered:
+  """Lowers one token of every row against a full cache.
+
+  Parameters lie over devices as in training, rows as a batch does.
+
+  Args:
+    setup: of `setup_without_data`.
+    rows_per_shard: rows of each data shard.
+  """
+  model, mesh = setup.model, setup.mesh
+  config = setup.experiment.model
+  length = setup.experiment.data.row_length
+  rows = rows_per_shard * rules.data_shards(mesh)
+  whole = jax.eval_shape(model.init_params, jax.random.key(0))
+  with rules.in_mesh(mesh):
+    params = jax.eval_shape(model.decoding_params, whole)
+    cache = jax.eval_shape(functools.partial(model.init_cache, rows, length))
+  names = model.param_axes()
+  # A layer's leaves lose the axis of layers.
+  layer = jax.tree.map(lambda n: n[1:], names["layers"], is_leaf=rules.is_names)
+  names = {**names, "layers": (layer,) * config.num_layers}
+  shardings = rules.param_shardings(names, params, mesh)
+  held = (axes.ACT_BATCH, axes.KV_HEADS)
+  first = _named(mesh, (axes.ACT_BATCH,))
+
+  def step(params: PyTree, tokens: Any, cache: PyTree, length: Any):
+    with rules.in_mesh(mesh):
+      decoded = model.step(
+        params, tokens, cache, start=length, fresh=jnp.ones_like(length)
+      )
+      logits = model.logits(params, decoded.hidden[:, 0])
+      return jnp.argmax(logits, axis=-1), decoded.cache
+
+  ints = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=first)
+  return jax.jit(step, donate_argnums=2).lower(
+    jax.tree.map(_with, params, shardings),
+    jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=first),
+    jax.tree.map(lambda x: _with(x, _named(mesh, held)), cache),
+    ints,
+  )
+
+
+def _named(mesh: Mesh, names: tuple[str, ...]) -> NamedSharding:
+  spec: PartitionSpec = rules.spec(names)
+  return NamedSharding(mesh, spec)
+
+
+def _with(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
