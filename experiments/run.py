@@ -10,7 +10,8 @@ Modes: `train` (the default; the same workdir again resumes), `evaluate` (scores
 the newest checkpoint of a workdir on the held-out data), `generate` (texts and
 pictures from it), `summary` (parameters, FLOPs and bytes per device; allocates
 nothing). A mistake is one line on stderr and exit code 2; `--debug` shows the
-traceback. The logic lives in the library.
+traceback. Under SLURM, on a TPU pod and wherever else jax finds several processes
+the same command is run by each. The logic lives in the library.
 """
 
 import os
@@ -28,6 +29,7 @@ from experiments import command_line, generation_flags
 from experiments.command_line import Options, define_flags, parse
 from fusionlab.errors import UserError
 
+_OF_SEVERAL = ("train", "evaluate", "generate")  # modes that join a job
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 # Import name -> extra of setup.cfg that brings it.
@@ -55,12 +57,34 @@ def run(options: Options) -> int:
   Raises:
     UserError: whatever a room of the library finds wrong.
   """
-  if options.mode == "evaluate":
-    from fusionlab import evaluate
+  if options.mode not in _OF_SEVERAL:
+    return _run(options)
+  from fusionlab import processes
+  from fusionlab.train.config import TrainConfig
 
-    evaluate.run(options.workdir, options.experiment)
-    return _report(options.workdir)
+  experiment = options.experiment
+  train = TrainConfig() if experiment is None else experiment.train
+  processes.join(
+    peer_timeout=train.peer_timeout, preemptible=options.mode == "train"
+  )
+  try:
+    return _run(options)
+  except BaseException as error:
+    processes.fail(error)
+    raise
+
+
+def _run(options: Options) -> int:
+  from fusionlab.processes import from_first, is_first, name
+
+  if options.mode == "evaluate":
+    return _evaluate(options)
   if options.request is not None:
+    if who := name():
+      raise UserError(
+        f"--mode=generate is for one process and this is {who}; start it once,"
+        f" on a machine that sees the workdir"
+      )
     from fusionlab.generation import command
 
     command.run(options.workdir, options.request)
@@ -76,23 +100,44 @@ def run(options: Options) -> int:
   from fusionlab.train.workdir import finished_at
 
   code = loop.train(options.experiment, options.workdir)
-  step = finished_at(Path(options.workdir))
+  step = from_first(lambda: finished_at(Path(options.workdir)))
   if step is None:
-    print(f"stopped: {options.workdir}; the same command goes on from there")
+    if is_first():
+      print(f"stopped: {options.workdir}; the same command goes on from there")
     return code
   if options.experiment.evaluate.after_training:
     from fusionlab import evaluate
 
-    if evaluate.evaluated_at(options.workdir) != step:
-      evaluate.run(options.workdir, options.experiment)
+    if from_first(lambda: evaluate.evaluated_at(options.workdir)) != step:
+      return _evaluate(options) or code
   return _report(options.workdir) or code
+
+
+def _evaluate(options: Options) -> int:
+  from rich.console import Console
+
+  from fusionlab import evaluate
+  from fusionlab.processes import is_first
+
+  console = None if is_first() else Console(quiet=True)
+  evaluate.run(options.workdir, options.experiment, console=console)
+  return _report(options.workdir)
 
 
 def _report(workdir: str) -> int:
   from fusionlab import report
+  from fusionlab.processes import is_first
 
-  print(f"report: {report.write(workdir)}")
+  if is_first():
+    print(f"report: {report.write(workdir)}")
   return 0
+
+
+def _who() -> str:
+  """'process 3 of 8: ' in a job of several; '' where that room is closed."""
+  room = sys.modules.get("fusionlab.processes")
+  name = "" if room is None else room.name()
+  return f"{name}: " if name else ""
 
 
 def guarded(
@@ -122,7 +167,7 @@ def guarded(
     line = _one_line(error)
     if debug or not line:
       raise
-    print(f"error: {line}", file=sys.stderr)
+    print(f"error: {_who()}{line}", file=sys.stderr)
     return 2
 
 

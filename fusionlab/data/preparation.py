@@ -5,10 +5,12 @@ read without TensorFlow), `counts.npz` (the shapes of all records, so that
 planning reads none) and `manifest.json`, written last, which says what the
 folder was made from and holds its checksums. A preparation works in a folder of
 its own and moves it into place when it is whole: one that is killed leaves
-nothing that is believed, and of two at a time the first to finish is used.
+nothing that is believed, and of two at a time the first to finish is used. Of a
+job's processes the first prepares; another does only where its cache is its own.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -17,9 +19,8 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import rich.console
@@ -27,16 +28,22 @@ import rich.progress
 import tensorflow_datasets as tfds
 
 from fusionlab.data.documents import Counts, Record
+from fusionlab.data.manifest import (
+  COUNTS_ARRAYS,
+  FORMAT,
+  damaged,
+  read_manifest,
+  write_manifest,
+)
 from fusionlab.data.sources import Example, Source
 from fusionlab.data.sources.pictures import square
 from fusionlab.errors import UserError
+from fusionlab.processes import agree, from_first
 from fusionlab.tokenizers import Tokenizers
 
-FORMAT = 1
 EXAMPLES_AT_ONCE = 128
 MEMORY_BYTES = 256 * 2**20
 _RECORD_ARRAYS = ("part_modality", "part_alternatives", "lengths", "ids")
-_COUNTS_ARRAYS = ("parts", "part_modality", "part_alternatives", "lengths")
 
 
 class RecordDataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -104,7 +111,7 @@ class Records:
       self._source = builder.as_data_source(split)
       self._length = len(self._source)
     except Exception as error:  # array_record and TFDS raise kinds of their own
-      _damaged(folder, f"split {split!r} cannot be opened", error)
+      damaged(folder, f"split {split!r} cannot be opened", error)
     self._memory: dict[int, Record] | None = None
     if size_bytes < MEMORY_BYTES:
       self._memory = {}
@@ -118,7 +125,7 @@ class Records:
     try:
       fields = self._source[index]
     except Exception as error:
-      _damaged(self._folder, f"record {index} cannot be read", error)
+      damaged(self._folder, f"record {index} cannot be read", error)
     arrays = {name: fields[name] for name in _RECORD_ARRAYS}
     record = Record(key=fields["key"].decode(), **arrays)
     if self._memory is not None:
@@ -142,13 +149,13 @@ class Prepared:
       UserError: a folder that is not whole, or is damaged.
     """
     self.folder = folder
-    self.manifest = _read_manifest(folder)
+    self.manifest = read_manifest(folder)
     self.splits: tuple[str, ...] = tuple(self.manifest["splits"])
     self._records: dict[str, Records] = {}
     content = (folder / "counts.npz").read_bytes()
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
       self._counts = {
-        split: Counts(**{n: arrays[f"{split}/{n}"] for n in _COUNTS_ARRAYS})
+        split: Counts(**{n: arrays[f"{split}/{n}"] for n in COUNTS_ARRAYS})
         for split in self.splits
       }
 
@@ -186,8 +193,8 @@ def prepare(
 
   Raises:
     UserError: an example the tokenizers cannot take, a source without
-      examples, a cache that cannot be written, or a prepared folder that was
-      damaged.
+      examples, a cache that cannot be written, a prepared folder that was
+      damaged, or processes of one job that see other data.
   """
   origin = {
     "format": FORMAT,
@@ -198,27 +205,63 @@ def prepare(
   digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode())
   root = Path(cache_dir) / "prepared"
   folder = root / f"{name}-{digest.hexdigest()[:12]}"
+
+  def make() -> None:
+    if not folder.exists():
+      _make(name, source, tokenizers, origin, folder)
+
+  from_first(make)
   if not folder.exists():
-    try:
-      root.mkdir(parents=True, exist_ok=True)
-      work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=root))
-    except OSError as error:
-      raise UserError(
-        f"cannot write to the cache {root} ({error.strerror}); set"
-        f" config.data.cache_dir or FUSIONLAB_CACHE to a folder of yours"
-      ) from error
-    try:
-      _write(name, source, tokenizers, origin, work)
-      # Fails where another process finished first; its folder is as good.
-      with contextlib.suppress(OSError):
-        work.rename(folder)
-    finally:
-      shutil.rmtree(work, ignore_errors=True)
+    with _alone_on_host(root):
+      make()
   prepared = Prepared(folder)
   for key, value in origin.items():
     if prepared.manifest[key] != value:
-      _damaged(folder, f"its manifest has another {key}")
+      damaged(folder, f"its manifest has another {key}")
+  # Fingerprints may know the times of files, of which each host has its own.
+  counts = prepared.manifest["files"]["counts.npz"]["sha256"]
+  agree(
+    f"source {name!r}", {"tokenizers": tokenizers.hash, "token counts": counts}
+  )
   return prepared
+
+
+def _make(
+  name: str,
+  source: Source,
+  tokenizers: Tokenizers,
+  origin: dict,
+  folder: Path,
+) -> None:
+  """Prepares into a folder of its own, and moves that into place."""
+  root = folder.parent
+  try:
+    root.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=root))
+  except OSError as error:
+    raise UserError(
+      f"cannot write to the cache {root} ({error.strerror}); set"
+      f" config.data.cache_dir or FUSIONLAB_CACHE to a folder of yours"
+    ) from error
+  try:
+    _write(name, source, tokenizers, origin, work)
+    # Fails where another process finished first; its folder is as good.
+    with contextlib.suppress(OSError):
+      work.rename(folder)
+  finally:
+    shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone_on_host(root: Path) -> Iterator[None]:
+  """Lets one process of a host at a time prepare; another finds what it made."""
+  with contextlib.ExitStack() as stack:
+    # Where nothing can be written or locked, preparing says so or does twice.
+    with contextlib.suppress(OSError):
+      root.mkdir(parents=True, exist_ok=True)
+      lock = stack.enter_context((root / ".lock").open("a"))
+      fcntl.flock(lock, fcntl.LOCK_EX)
+    yield
 
 
 def _write(
@@ -254,10 +297,10 @@ def _write(
           spools[split] = stack.enter_context(
             open(folder / f"{split}.spool", "wb")
           )
-          counts[split] = {array: [] for array in _COUNTS_ARRAYS}
+          counts[split] = {array: [] for array in COUNTS_ARRAYS}
         pickle.dump(record, spools[split])
         counts[split]["parts"].append(np.array([len(record["part_modality"])]))
-        for array in _COUNTS_ARRAYS[1:]:
+        for array in COUNTS_ARRAYS[1:]:
           counts[split][array].append(record[array])
       progress.advance(task, len(batch))
   if not counts:
@@ -282,10 +325,10 @@ def _write(
   arrays = {
     f"{split}/{array}": np.concatenate(counts[split][array]).astype(np.int32)
     for split in splits
-    for array in _COUNTS_ARRAYS
+    for array in COUNTS_ARRAYS
   }
   np.savez(folder / "counts.npz", **arrays)  # type: ignore[arg-type]
-  _write_manifest(folder, origin, splits, arrays, tokenizers)
+  write_manifest(folder, origin, splits, arrays, tokenizers)
 
 
 def _batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
@@ -348,99 +391,7 @@ def _tokenise(
   return records
 
 
-def _write_manifest(
-  folder: Path,
-  origin: dict,
-  splits: Sequence[str],
-  arrays: dict[str, np.ndarray],
-  tokenizers: Tokenizers,
-) -> None:
-  """Writes what the folder was made from, its totals and its checksums."""
-  files = sorted(p for p in folder.rglob("*") if p.is_file())
-  totals = {}
-  for split in splits:
-    counts = Counts(**{n: arrays[f"{split}/{n}"] for n in _COUNTS_ARRAYS})
-    modality = np.repeat(counts.part_modality, counts.part_alternatives)
-    tokens = np.bincount(
-      modality, counts.lengths, len(tokenizers.vocabulary.modalities)
-    )
-    totals[split] = {
-      "records": len(counts),
-      "tokens_of_all_alternatives": {
-        name: int(n)
-        for name, n in zip(
-          tokenizers.vocabulary.modalities, tokens, strict=True
-        )
-      },
-    }
-  manifest = {
-    **origin,
-    "splits": totals,
-    "versions": {
-      name: metadata.version(name)
-      for name in ("tensorflow-datasets", "array-record", "numpy")
-    },
-    "files": {
-      p.relative_to(folder).as_posix(): {
-        "bytes": p.stat().st_size,
-        "sha256": _sha256(p),
-      }
-      for p in files
-    },
-  }
-  manifest["checksum"] = _checksum(manifest)
-  text = json.dumps(manifest, indent=2, sort_keys=False) + "\n"
-  (folder / "manifest.json").write_text(text, encoding="utf-8")
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-  """Reads `manifest.json` and holds the folder's files to it.
-
-  Sizes of all files are checked, and the content of all but the records, whose
-  blocks array_record checks as they are read.
-  """
-  try:
-    content = (folder / "manifest.json").read_text(encoding="utf-8")
-    manifest = json.loads(content)
-    expected = manifest.pop("checksum")
-    if _checksum(manifest) != expected:
-      _damaged(folder, "manifest.json does not have its checksum")
-  except (OSError, ValueError, KeyError, AttributeError) as error:
-    _damaged(folder, "manifest.json cannot be read", error)
-  for name, file in manifest["files"].items():
-    path = folder / name
-    if not path.is_file():
-      _damaged(folder, f"{name} is missing")
-    if path.stat().st_size != file["bytes"]:
-      _damaged(folder, f"{name} does not have its {file['bytes']} bytes")
-    if "array_record" in name:
-      continue
-    if _sha256(path) != file["sha256"]:
-      _damaged(folder, f"{name} does not have its checksum")
-  return manifest
-
-
-def _checksum(manifest: dict[str, Any]) -> str:
-  canonical = json.dumps(manifest, sort_keys=True)
-  return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _dataset_folder(folder: Path) -> str:
   return os.path.join(
     folder, "dataset", RecordDataset.name, str(RecordDataset.VERSION)
   )
-
-
-def _damaged(
-  folder: Path, what: str, error: Exception | None = None
-) -> NoReturn:
-  reason = f" ({' '.join(str(error).split())[:200]})" if error else ""
-  raise UserError(
-    f"the prepared dataset {folder} is damaged: {what}{reason}; delete that"
-    f" folder and it will be prepared again"
-  ) from error

@@ -24,6 +24,7 @@ from fusionlab.config import to_mapping
 from fusionlab.errors import UserError
 from fusionlab.experiment import Experiment
 from fusionlab.models import build_model
+from fusionlab.processes import from_first
 from fusionlab.tokenizers import Tokenizers
 from fusionlab.train.environment import package_versions
 from fusionlab.train.integrity import (
@@ -189,6 +190,15 @@ def restore_state(path: Path, abstract: TrainState) -> TrainState:
   )
 
 
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, without its look at signals."""
+
+  def reached_preemption(self, step: int) -> bool:
+    """Never: the loop asks, and jax's count of its looks bears no other's."""
+    del step
+    return False
+
+
 class Checkpoints:
   """Saves states in the background and keeps the newest few.
 
@@ -224,15 +234,20 @@ class Checkpoints:
     self._group_rows = group_rows
     self._thread: threading.Thread | None = None
     self._error: BaseException | None = None
-    if jax.process_index() == 0:
-      folder.mkdir(parents=True, exist_ok=True)
-      for path in folder.iterdir():
-        interrupted = path.name.isdigit() and not (path / SUMS).exists()
-        if interrupted or ".orbax-checkpoint-tmp" in path.name:
-          shutil.rmtree(path)
-    self._manager = ocp.CheckpointManager(
+    from_first(lambda: _clear(folder))
+    # Named, processes wait for each other in the coordination service; Orbax
+    # would else use the devices, from a thread, in the midst of the steps.
+    several = jax.process_count() > 1
+    everyone = set(range(jax.process_count())) if several else None
+    self._manager = _Manager(
       folder.absolute(),
-      options=ocp.CheckpointManagerOptions(max_to_keep=None, create=False),
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=None,
+        create=False,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+          active_processes=everyone
+        ),
+      ),
     )
 
   def save(self, state: TrainState) -> None:
@@ -292,18 +307,32 @@ class Checkpoints:
 
   def _finish(self, step: int, meta: dict[str, Any]) -> None:
     try:
+      # Orbax gives the folder its name when every process has written.
       self._manager.wait_until_finished()
-      path = self.folder / str(step)
       if jax.process_index() == 0:
+        path = self.folder / str(step)
         (path / "tokenizers").mkdir()
         self._tokenizers.save(path / "tokenizers")
         _sign(path, meta)
-      for old in sorted(self._manager.all_steps())[: -self.keep]:
-        if jax.process_index() == 0:
-          (self.folder / str(old) / SUMS).unlink(missing_ok=True)
-        self._manager.delete(old)
+        for old in steps_in(self.folder)[: -self.keep]:
+          remove(self.folder / str(old))
     except BaseException as error:  # handed to the main thread by wait()
       self._error = error
+
+
+def remove(path: Path) -> None:
+  """Deletes one step's folder; it is not believed from the first moment on."""
+  (path / SUMS).unlink(missing_ok=True)
+  shutil.rmtree(path)
+
+
+def _clear(folder: Path) -> None:
+  """Makes the folder of checkpoints and removes what was interrupted."""
+  folder.mkdir(parents=True, exist_ok=True)
+  for path in folder.iterdir():
+    interrupted = path.name.isdigit() and not (path / SUMS).exists()
+    if interrupted or ".orbax-checkpoint-tmp" in path.name:
+      shutil.rmtree(path)
 
 
 def _meta(

@@ -157,6 +157,12 @@ class TrainConfig:
   )
   profile_steps: int = option(5, "steps in the profiler window", minimum=1)
   compile_cache: bool = option(True, "keep compiled programs on disk")
+  peer_timeout: float = option(
+    100.0,
+    "several processes: seconds without a sign of life after which one counts"
+    " as lost and the others end",
+    minimum=5.0,
+  )
 
   def check(self, path: str) -> None:
     """Raises ConfigError where the microbatches do not divide the batch."""

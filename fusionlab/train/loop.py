@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
+from fusionlab import processes
 from fusionlab.batch import Batch
+from fusionlab.config import flatten, to_mapping
 from fusionlab.data import cache_folder
 from fusionlab.errors import UserError
 from fusionlab.evaluate.heldout import Interrupted, evaluate, place_batch
@@ -53,15 +54,28 @@ def train(experiment: Experiment, workdir: str) -> int:
   """
   started = time.monotonic()
   folder = Path(workdir).expanduser()
-  before = workdirs.recorded(folder)
-  joined = (
-    None if before is None else workdirs.resume(experiment, before, folder)
-  )
+  processes.watch(experiment.train.peer_timeout)
+  try:
+    return _train(experiment, folder, started)
+  except BaseException as error:
+    processes.fail(error)
+    raise
+
+
+def _train(experiment: Experiment, folder: Path, started: float) -> int:
   writes = jax.process_index() == 0
+  # What process 0 sees holds for all: another may look later, or elsewhere.
+  before = processes.from_first(lambda: _recorded(folder))
+  joined = None
+  if before is not None:
+    before = Experiment.from_mapping(before)
+    joined = workdirs.resume(experiment, before, folder)
+  _check_alike(experiment)
   lock = workdirs.Lock(folder) if writes else None
-  finished_at = workdirs.finished_at(folder)
+  finished_at = processes.from_first(lambda: workdirs.finished_at(folder))
   steps = checkpoints.steps_in(folder / "checkpoints")
   status = _Status(folder, writes, step=max(steps, default=0))
+  processes.on_end(status.lost)
   try:
     with Signals() as signals:
       status.write("running")
@@ -70,12 +84,28 @@ def train(experiment: Experiment, workdir: str) -> int:
   except Preempted as signal:
     status.write("preempted", str(signal))
   except BaseException as error:
+    processes.fail(error)  # before another's failure is recorded as this one's
     status.write("failed", f"{type(error).__name__}: {error}".split("\n")[0])
     raise
   finally:
+    processes.on_end(None)
     if lock is not None:
       lock.release()
   return 0
+
+
+def _recorded(folder: Path) -> dict[str, Any] | None:
+  before = workdirs.recorded(folder)
+  return None if before is None else to_mapping(before)
+
+
+def _check_alike(experiment: Experiment) -> None:
+  """Raises UserError where processes were started with other configs."""
+  flat = flatten(to_mapping(experiment), "config.")
+  # Paths may differ from host to host; what lies there is compared elsewhere.
+  for name in ("cache_dir", "text_tokenizer", "image_tokenizer"):
+    del flat[f"config.data.{name}"]
+  processes.agree("config", flat)
 
 
 @dataclasses.dataclass
@@ -89,6 +119,10 @@ class _Status:
   def write(self, status: str, reason: str = "") -> None:
     if self.writes:
       workdirs.write_status(self.folder, status, self.step, reason)
+
+  def lost(self, reason: str) -> None:
+    """Says that another process ended the run, in the place of process 0 too."""
+    workdirs.write_status(self.folder, "failed", self.step, reason)
 
 
 @dataclasses.dataclass
@@ -156,21 +190,13 @@ class _Run:
   def _newest(self) -> Path | None:
     """Process 0 looks and verifies; the others follow."""
     folder = self.folder / "checkpoints"
-    if jax.process_count() == 1:
-      return checkpoints.newest(folder)
-    found, error = -1, None
-    if self.writes:
-      try:
-        path = checkpoints.newest(folder)
-        found = -1 if path is None else int(path.name)
-      except UserError as refused:
-        found, error = -2, refused
-    found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
-    if found == -2:
-      raise error or UserError(
-        f"process 0 refused the newest checkpoint in {folder}; its log says why"
-      )
-    return None if found < 0 else folder / str(found)
+
+    def find() -> str:
+      path = checkpoints.newest(folder)
+      return "" if path is None else path.name
+
+    found = processes.from_first(find)
+    return folder / found if found else None
 
   def run(self, finished_at: int | None = None) -> None:
     """Trains, saves, scores, and says how it ended.
@@ -290,15 +316,13 @@ class _Run:
     if step >= self.config.num_steps:
       return "num_steps"
     late = self.deadline is not None and time.monotonic() >= self.deadline
-    flags = (bool(self.signals.reason), late)
-    if jax.process_count() > 1:
-      # Asking all processes costs a collective: once per log interval.
-      if step % self.config.log_every:
-        return ""
-      flags = np.any(multihost_utils.process_allgather(np.array(flags)), 0)
-    if flags[0]:
-      return self.signals.reason or "SIGTERM"
-    return "max_seconds" if flags[1] else ""
+    if jax.process_count() == 1:
+      return self.signals.reason or ("max_seconds" if late else "")
+    if late and self.writes:
+      self.signals.request("max_seconds")
+    if not self.signals.reached():
+      return ""
+    return processes.from_first(lambda: self.signals.reason or "SIGTERM")
 
   def _log(self, pending: _Pending, *, last: bool = False) -> None:
     """Fetches a step's metrics; stops the run where they are not finite."""
@@ -352,10 +376,10 @@ class _Run:
     self.throughput.paused(time.monotonic() - begin)
 
   def _evaluated_before(self) -> bool:
-    found = self.writers is not None and self.writers.has_evaluation(self.start)
-    if jax.process_count() > 1:
-      found = multihost_utils.broadcast_one_to_all(np.bool_(found))
-    return bool(found)
+    writers = self.writers
+    return processes.from_first(
+      lambda: writers is not None and writers.has_evaluation(self.start)
+    )
 
   def _stop_nonfinite(self, pending: _Pending, row: Row) -> None:
     """Dumps the batch and the metrics, then raises UserError."""

@@ -27,6 +27,7 @@ CHANGEABLE = frozenset(
     "train.profile_start",
     "train.profile_steps",
     "train.compile_cache",
+    "train.peer_timeout",
     "data.cache_dir",
     "data.prefetch",
     # Their content is compared with what the checkpoint holds.

@@ -4,19 +4,25 @@ Only the data room is replaced: documents are drawn from the step's number, as
 the real loader's are from the plan.
 """
 
+import atexit
 import dataclasses
 import functools
+import json
 import os
 import signal
 import sys
+import threading
 import time
+import traceback
 import types
 from pathlib import Path
 
 import jax
 import numpy as np
+from PIL import Image
 
 from fusionlab.batch import Batch, causal_batch
+from fusionlab.errors import UserError
 from fusionlab.experiment import Experiment
 from fusionlab.tokenizers import ImageTokenizer, TextTokenizer, Tokenizers
 from fusionlab.tokenizers.autoencoder import ImageConfig, init_params
@@ -154,11 +160,13 @@ def open_fake_data(
   process_index=0,
   process_count=1,
   group_rows=0,
+  parts=1,
   slow_open=0.0,
   fingerprint="0",
   **train_options,
 ):
   """Stands in for `fusionlab.data.open_data`."""
+  assert (process_count, parts) == (1, 1)
   time.sleep(slow_open)
   make = functools.partial(FakeLoader, experiment, tokenizers)
   lengths = tokenizers.text.byte_lengths()
@@ -231,6 +239,102 @@ def run_training(folder, workdir, flat, kill_at="", **data_options):
   sys.exit(loop.train(experiment, str(workdir)))
 
 
+def write_documents(folder: Path) -> None:
+  """Writes 40 texts and 24 captioned pictures of 4 x 4 pixels."""
+  rng = np.random.default_rng(0)
+  letters = np.array(list("abcdefgh"))
+  rows = []
+  for _ in range(40):
+    rows.append({"text": "".join(rng.choice(letters, rng.integers(4, 20)))})
+  for index in range(24):
+    pixels = rng.integers(0, 256, (4, 4, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / f"{index}.png")
+    caption = "".join(rng.choice(letters, rng.integers(2, 8)))
+    rows.append({"image": f"{index}.png", "caption": caption})
+  lines = "".join(json.dumps(row) + "\n" for row in rows)
+  (folder / "documents.jsonl").write_text(lines)
+
+
+def run_process(
+  folder, workdir, flat, index, count, address, devices, log, kill_at="", **at
+):
+  """One process of a training job, on the real data room and command line.
+
+  Args:
+    folder: tokenizers, documents and cache.
+    workdir: the run's.
+    flat: see `experiment_of`.
+    index: this process.
+    count: processes of the job.
+    address: of the coordinator.
+    devices: CPU devices of this process.
+    log: file for what is printed.
+    kill_at: point of the second save at which the process kills itself.
+    at: `<signal>=step` sends itself a signal when it reads that step's batch,
+      `delay=seconds` waits before each, `error=step` raises.
+  """
+  os.environ["XLA_FLAGS"] = " ".join(
+    [
+      f"--xla_force_host_platform_device_count={devices}",
+      "--xla_backend_optimization_level=0",
+    ]
+  )
+  names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+  os.environ.update(zip(names, (address, str(count), str(index)), strict=True))
+  sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115
+  os.dup2(sys.stderr.fileno(), 1)
+  os.dup2(sys.stderr.fileno(), 2)
+  from experiments import run
+  from experiments.command_line import Options
+
+  if kill_at:
+    _arm(kill_at)
+  _record(Path(workdir), index, **at)
+  experiment = experiment_of(Path(folder), **flat)
+  options = Options("train", str(workdir), experiment)
+  try:
+    code = run.guarded(lambda: run.run(options))
+  except BaseException:
+    traceback.print_exc()
+    code = 1
+  atexit._run_exitfuncs()  # which multiprocessing leaves out
+  os._exit(code)
+
+
+def _record(workdir, index, delay=0.0, error=-1, **signals) -> None:
+  """Makes training loaders write down which documents of which step they read."""
+  from fusionlab.data.loader import Loader
+
+  numbers = {step: getattr(signal, name) for name, step in signals.items()}
+  read, documents = Loader.__getitem__, Loader._documents
+  step_of = threading.local()
+
+  def __getitem__(self, step):
+    step_of.step = None if self._one_pass else step
+    if not self._one_pass:
+      time.sleep(delay)
+      if step in numbers:
+        os.kill(os.getpid(), numbers[step])
+      if step == error:
+        raise UserError("a file is missing on this host")
+    return read(self, step)
+
+  def _documents(self, plan, pieces):
+    if step_of.step is not None:
+      columns = (plan.document, plan.start, plan.stop, plan.passes)
+      found = [
+        [int(column[piece]) for column in columns]
+        for piece in range(*pieces.indices(len(plan.document)))
+      ]
+      line = json.dumps({"step": step_of.step, "documents": found})
+      path = workdir.parent / f"{workdir.name}_read_{index}.jsonl"
+      with path.open("a") as file:
+        file.write(line + "\n")
+    return documents(self, plan, pieces)
+
+  Loader.__getitem__, Loader._documents = __getitem__, _documents
+
+
 def _arm(point: str) -> None:
   """Makes the process kill itself at a point of its second save."""
   import shutil
@@ -256,13 +360,13 @@ def _arm(point: str) -> None:
         if point == "before checksums":
           checkpoint.checksums = die
         if point == "while deleting":
-          self._manager.delete = self._half_delete
+          checkpoint.shutil = types.SimpleNamespace(rmtree=half_delete)
         if point == "before deleting":
-          self._manager.delete = die
+          checkpoint.remove = die
       super()._finish(step, meta)
 
-    def _half_delete(self, step):
-      shutil.rmtree(self.folder / str(step) / "params")
-      die()
+  def half_delete(path):
+    shutil.rmtree(path / "params")
+    die()
 
   checkpoint.Checkpoints = Dying

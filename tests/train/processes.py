@@ -1,6 +1,7 @@
 """Training processes to be killed: forked from a server that has imported."""
 
 import multiprocessing
+import socket
 import time
 from pathlib import Path
 
@@ -10,7 +11,12 @@ from tests.train import fakes
 # backend exists before the fork.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-  ["tests.train.fakes", "fusionlab.train.loop", "fusionlab.data.opening"]
+  [
+    "tests.train.fakes",
+    "fusionlab.train.loop",
+    "fusionlab.data.opening",
+    "experiments.run",
+  ]
 )
 
 
@@ -31,6 +37,50 @@ def run(folder: Path, workdir: Path, flat=None, **options) -> int:
   process = start(folder, workdir, flat, **options)
   process.join(120)
   return process.exitcode
+
+
+def start_job(
+  folder: Path, workdir: Path, count: int, flat, *, devices=1, only=None
+):
+  """Starts a job of several processes; output goes to <workdir>_<index>.txt.
+
+  Args:
+    folder: see `fakes.run_process`.
+    workdir: of the run.
+    count: processes.
+    flat: see `fakes.experiment_of`.
+    devices: of each process.
+    only: index of a process -> its further options.
+  """
+  fakes.experiment_of(folder)
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    address = f"localhost:{probe.getsockname()[1]}"
+  job = []
+  for index in range(count):
+    log = workdir.parent / f"{workdir.name}_{index}.txt"
+    job.append(
+      _CONTEXT.Process(
+        target=fakes.run_process,
+        args=(folder, workdir, flat, index, count, address, devices, log),
+        kwargs=(only or {}).get(index, {}),
+      )
+    )
+    job[-1].start()
+  return job
+
+
+def end_job(job, timeout=60.0) -> list[int]:
+  """Waits for a job's processes and returns their exit codes."""
+  until = time.monotonic() + timeout
+  for process in job:
+    process.join(max(until - time.monotonic(), 0))
+  late = [index for index, process in enumerate(job) if process.is_alive()]
+  for index in late:
+    job[index].kill()
+    job[index].join()
+  assert not late, f"processes {late} did not end within {timeout} s"
+  return [process.exitcode for process in job]
 
 
 def wait_for_rows(workdir: Path, count: int, process, timeout=90.0) -> None:
