@@ -27,7 +27,7 @@ if TYPE_CHECKING:
   from fusionlab.experiment import Experiment
   from fusionlab.generation.config import Request
 
-MODES = ("train", "evaluate", "generate", "summary")
+MODES = ("train", "evaluate", "generate", "summary", "compile")
 # Modes that take a trained run; they need no --config.
 _OF_A_RUN = ("evaluate", "generate")
 _EXAMPLE = "--config=configs/mot_chameleon.py"
@@ -50,12 +50,14 @@ class Options:
     workdir: folder of the run.
     experiment: the configuration; None where a mode of a run has no `--config`.
     request: of `--mode=generate`.
+    json: of `--mode=compile`: print JSON instead of tables.
   """
 
   mode: str
   workdir: str
   experiment: "Experiment | None"
   request: "Request | None" = None
+  json: bool = False
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -67,6 +69,9 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
   """
   define_config(values, argv, _experiment)
   flags.DEFINE_string("mode", "train", " | ".join(MODES), flag_values=values)
+  flags.DEFINE_bool(
+    "json", False, "--mode=compile prints JSON", flag_values=values
+  )
   generation_flags.define(values)
 
 
@@ -128,7 +133,9 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> Options:
     request = generation_flags.read(values)
   elif given := generation_flags.given(values):
     raise UserError(f"--{given[0]} is for --mode=generate, not --mode={mode}")
-  return Options(mode, workdir, config, request)
+  if values["json"].value and mode != "compile":
+    raise UserError(f"--json is for --mode=compile, not --mode={mode}")
+  return Options(mode, workdir, config, request, bool(values["json"].value))
 
 
 def parse_config(

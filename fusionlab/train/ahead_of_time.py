@@ -6,6 +6,7 @@ devices may be those of a machine that is not there.
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int, PyTree
 
+from fusionlab.analysis.compiled import Report, compile_report
 from fusionlab.batch import Vocabulary
 from fusionlab.data.loader import Rows, abstract_batch
 from fusionlab.data.plan import layout_counts
@@ -22,6 +24,8 @@ from fusionlab.models import build_model
 from fusionlab.objectives import build_objective
 from fusionlab.sharding import axes, rules
 from fusionlab.sharding.batches import batch_shardings
+from fusionlab.sharding.mesh import PRESETS, make_mesh
+from fusionlab.sharding.topologies import absent_devices
 from fusionlab.tokenizers import load_tokenizers
 from fusionlab.towers import tower_names
 from fusionlab.train.setup import Setup, build_steps, default_group_rows
@@ -42,6 +46,66 @@ class Shapes:
   vocabulary: Vocabulary
   token_bytes: Int[np.ndarray, " V"]
   layout_counts: tuple[int, ...]
+
+
+def compile_steps(experiment: Experiment) -> Iterator[Report]:
+  """Compiles what a run would execute: a training step, and a generation step.
+
+  Args:
+    experiment: the configuration; `config.mesh.preset` says for which devices.
+
+  Yields:
+    A report of each.
+
+  Raises:
+    UserError: a mesh that does not fit, or a machine that cannot be compiled for.
+  """
+  preset = experiment.mesh.preset
+  devices = absent_devices(preset) if preset in PRESETS else None
+  mesh = make_mesh(experiment.mesh, devices)
+  setup, rows = setup_without_data(experiment, mesh)
+  tokens = rows.batch_rows * rows.row_length / mesh.size
+  yield compile_report(
+    "training step",
+    lower_train_step(setup, rows),
+    mesh,
+    tokens=tokens,
+    model_flops=tokens * setup.train_flops_per_token,
+    kernel_flops=_attention_flops(setup, rows.batch_rows),
+  )
+  shards = rules.data_shards(mesh)
+  forward = experiment.model.forward_flops_per_token(
+    setup.data.vocabulary.size, experiment.data.row_length
+  )
+  yield compile_report(
+    "generation step, a row to each data shard",
+    lower_generation_step(setup),
+    mesh,
+    tokens=shards / mesh.size,
+    model_flops=forward * shards / mesh.size,
+    kernel_flops={},
+  )
+
+
+def _attention_flops(setup: Setup, rows: int) -> dict[str, float]:
+  """FLOPs of one layer's splash kernels on a device, by part of their names.
+
+  Products of queries with keys, and of weights with values, over half of the
+  square: two forward; the backward passes compute the scores again.
+
+  Args:
+    setup: its model and mesh.
+    rows: of the whole batch.
+  """
+  config, mesh = setup.experiment.model, setup.mesh
+  length = setup.experiment.data.row_length
+  heads = config.num_heads * config.width_of_head
+  product = 2 * rows * length * (length / 2) * heads / mesh.size
+  return {
+    "splash_mha_fwd": 2 * product,
+    "splash_mha_dq": 3 * product,
+    "splash_mha_dkv": 4 * product,
+  }
 
 
 def setup_without_data(
