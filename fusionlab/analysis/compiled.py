@@ -1,0 +1,305 @@
+"""What a compiled step needs and costs on its chips: memory, work, traffic, time."""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.table import Table
+
+from fusionlab.analysis import hlo
+from fusionlab.analysis.collectives import mesh_axes
+from fusionlab.analysis.devices import Chip, chip_of
+from fusionlab.analysis.roofline import Roofline, estimate, places_of
+
+# "Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm."
+_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.I)
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes of one device's memory.
+
+  Attributes:
+    arguments: what the step is given: state and batch, or parameters and cache.
+    outputs: what it returns and does not write over its arguments.
+    temporaries: what exists in between.
+    program: the code.
+    peak: their sum; of a step that does not fit, what the compiler says.
+    available: what a program can have; None where the chip is not known.
+  """
+
+  arguments: int
+  outputs: int
+  temporaries: int
+  program: int
+  peak: int
+  available: int | None
+
+  @property
+  def fits(self) -> bool | None:
+    """Whether it fits; None where nothing is known of the chip."""
+    return None if self.available is None else self.peak <= self.available
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+  """Collectives of one kind along the same mesh axes, of one step.
+
+  Attributes:
+    kind: "all-gather", "reduce-scatter", …
+    axes: "fsdp", "data+fsdp", …
+    executions: how often.
+    sent_bytes: that each device sends.
+  """
+
+  kind: str
+  axes: str
+  executions: int
+  sent_bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """One step on one mesh.
+
+  Attributes:
+    step: its name.
+    chip: its name; "" where it is not in the table.
+    mesh: axis -> size.
+    memory: of one device.
+    tokens: positions of one device and step.
+    flops: of one device and step, recomputation included.
+    model_flops: the same by the model's own formula, recomputation left out.
+    hbm_bytes: read and written by one device in a step: an upper bound.
+    traffic: collectives, the largest first.
+    roofline: bounds of the time; None where the chip is not known.
+    not_counted: what the figures leave out -> how often it runs.
+  """
+
+  step: str
+  chip: str
+  mesh: Mapping[str, int]
+  memory: Memory
+  tokens: float
+  flops: float = 0.0
+  model_flops: float = 0.0
+  hbm_bytes: float = 0.0
+  traffic: tuple[Traffic, ...] = ()
+  roofline: Roofline | None = None
+  not_counted: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+  def to_json(self) -> dict[str, Any]:
+    """Everything as JSON's types, with the verdict."""
+    return dataclasses.asdict(self) | {
+      "mesh": dict(self.mesh),
+      "fits": self.memory.fits,
+    }
+
+
+def compile_report(
+  step: str,
+  lowered: jax.stages.Lowered,
+  mesh: Mesh,
+  *,
+  tokens: float,
+  model_flops: float,
+  kernel_flops: Mapping[str, float],
+) -> Report:
+  """Compiles a step and reads what came out.
+
+  Args:
+    step: its name.
+    lowered: the step.
+    mesh: its devices, which may be absent.
+    tokens: positions of one device and step.
+    model_flops: of one device and step, by the model's formula.
+    kernel_flops: part of a kernel's name -> FLOPs of one run of it on a device,
+      for kernels that do not state them.
+
+  Raises:
+    jax.errors.JaxRuntimeError: what the compiler refuses, but for a lack of
+      memory, which is a verdict.
+  """
+  chip = chip_of(mesh.devices.flat[0])
+  common = {
+    "step": step,
+    "chip": "" if chip is None else chip.name,
+    "mesh": dict(mesh.shape),
+    "tokens": tokens,
+    "model_flops": model_flops,
+  }
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    memory = _too_much(str(error))
+    if memory is None:
+      raise
+    return Report(**common, memory=memory)
+  program = hlo.analyse(compiled.as_text())
+  flops, left = program.flops, Counter(program.uncounted)
+  for name, runs in program.uncounted.items():
+    for part, each in kernel_flops.items():
+      if part in name:
+        flops += runs * each
+        del left[name]
+        break
+  for loop in program.unknown_loops:
+    left[f"loop {loop.name}, counted once"] += loop.executions
+  return Report(
+    **common,
+    memory=_memory(compiled, chip),
+    flops=flops,
+    hbm_bytes=program.bytes_accessed,
+    traffic=_traffic(program, mesh),
+    roofline=_roofline(program, flops, model_flops, chip, mesh),
+    not_counted=dict(left),
+  )
+
+
+def _memory(compiled: Any, chip: Chip | None) -> Memory:
+  stats = compiled.memory_analysis()
+  outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+  parts = (
+    stats.argument_size_in_bytes,
+    outputs,
+    stats.temp_size_in_bytes,
+    stats.generated_code_size_in_bytes,
+  )
+  limit = None if chip is None or chip.hbm_bytes is None else chip.hbm_bytes
+  return Memory(
+    *parts,
+    peak=sum(parts),
+    available=None if limit is None else int(limit),
+  )
+
+
+def _too_much(message: str) -> Memory | None:
+  """What the compiler says of a program that does not fit."""
+  found = _USED.search(message)
+  if found is None:
+    return None
+  used, unit, limit, limit_unit = found.groups()
+  peak = int(float(used) * _UNITS[unit.upper()])
+  available = int(float(limit) * _UNITS[limit_unit.upper()])
+  return Memory(0, 0, 0, 0, peak, available)
+
+
+def _traffic(program: hlo.Program, mesh: Mesh) -> tuple[Traffic, ...]:
+  sent: Counter[tuple[str, str]] = Counter()
+  runs: Counter[tuple[str, str]] = Counter()
+  for collective in program.collectives:
+    if collective.group_size > 1:
+      key = collective.kind, mesh_axes(collective, dict(mesh.shape))
+      sent[key] += collective.total_bytes
+      runs[key] += collective.executions
+  return tuple(
+    Traffic(*key, runs[key], total) for key, total in sent.most_common()
+  )
+
+
+def _roofline(
+  program: hlo.Program,
+  flops: float,
+  model_flops: float,
+  chip: Chip | None,
+  mesh: Mesh,
+) -> Roofline | None:
+  if chip is None or chip.hbm_bytes_per_s is None:
+    return None
+  devices = list(mesh.devices.flat)
+  return estimate(
+    flops=flops,
+    hbm_bytes=program.bytes_accessed,
+    collectives=program.collectives,
+    chip=chip,
+    axes=dict(mesh.shape),
+    places=places_of(devices, chip),
+    model_flops=model_flops,
+  )
+
+
+def render(report: Report) -> str:
+  """The report as text for a terminal.
+
+  Args:
+    report: of `compile_report`.
+  """
+  shown = " x ".join(f"{axis} {n}" for axis, n in report.mesh.items())
+  parts: list[Any] = []
+  memory = Table(title=f"{report.step} on {shown} ({report.chip or 'host'})")
+  memory.add_column("memory of a device")
+  memory.add_column("GiB", justify="right")
+  held = report.memory
+  if held.arguments:
+    for name in ("arguments", "outputs", "temporaries", "program"):
+      memory.add_row(name, f"{getattr(held, name) / 2**30:.2f}")
+  memory.add_row("peak", f"{held.peak / 2**30:.2f}")
+  if held.available is not None:
+    memory.add_row("available", f"{held.available / 2**30:.2f}")
+    verdict = "fits" if held.fits else "does not fit"
+    memory.add_row("verdict", verdict)
+  parts.append(memory)
+  if report.flops:
+    parts += [_work_table(report), _traffic_table(report)]
+  console = Console(width=80, force_terminal=False)
+  with console.capture() as capture:
+    for part in parts:
+      console.print(part)
+    for name, runs in report.not_counted.items():
+      console.print(f"not in the figures: {name}, {runs:,} times")
+  return capture.get()
+
+
+def _work_table(report: Report) -> Table:
+  table = Table()
+  table.add_column("a device and step")
+  table.add_column("", justify="right")
+  table.add_column("seconds", justify="right")
+  line = report.roofline
+  seconds = ("", "", "") if line is None else (
+    f"{line.compute:.4f}", f"{line.memory:.4f}", f"{line.communication:.4f}"
+  )  # fmt: skip
+  sent = sum(t.sent_bytes for t in report.traffic)
+  table.add_row("tokens", f"{report.tokens:,.0f}", "")
+  table.add_row("model TFLOP", f"{report.model_flops / 1e12:,.3f}", "")
+  table.add_row("TFLOP", f"{report.flops / 1e12:,.3f}", seconds[0])
+  table.add_row(
+    "memory traffic, GB, at most", f"{report.hbm_bytes / 1e9:,.2f}", seconds[1]
+  )
+  table.add_row("sent, GB", f"{sent / 1e9:,.3f}", seconds[2])
+  if line is not None:
+    table.add_section()
+    for name, total, mfu in (
+      ("all at the same time", line.overlapped, line.mfu_overlapped),
+      ("one after another", line.serial, line.mfu_serial),
+    ):
+      table.add_row(name, f"MFU {mfu:.0%}", f"{total:.4f}")
+    table.caption = f"limited by {line.limit}, at the chip's peaks"
+  return table
+
+
+def _traffic_table(report: Report) -> Table:
+  table = Table()
+  table.add_column("collective")
+  table.add_column("along")
+  for name in ("times", "MB sent", "seconds along"):
+    table.add_column(name, justify="right")
+  for traffic in report.traffic:
+    line = report.roofline
+    along = "" if line is None else f"{line.by_axes[traffic.axes]:.4f}"
+    table.add_row(
+      traffic.kind,
+      traffic.axes,
+      f"{traffic.executions:,}",
+      f"{traffic.sent_bytes / 1e6:,.1f}",
+      along,
+    )
+  if not report.traffic:
+    table.add_row("none", "", "", "", "")
+  return table
