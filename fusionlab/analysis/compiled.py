@@ -232,7 +232,7 @@ def render(report: Report) -> str:
   """
   shown = " x ".join(f"{axis} {n}" for axis, n in report.mesh.items())
   parts: list[Any] = []
-  memory = Table(title=f"{report.step} on {shown} ({report.chip or 'host'})")
+  memory = Table()
   memory.add_column("memory of a device")
   memory.add_column("GiB", justify="right")
   held = report.memory
@@ -245,10 +245,11 @@ def render(report: Report) -> str:
     verdict = "fits" if held.fits else "does not fit"
     memory.add_row("verdict", verdict)
   parts.append(memory)
-  if report.flops:
+  if report.hbm_bytes:
     parts += [_work_table(report), _traffic_table(report)]
   console = Console(width=80, force_terminal=False)
   with console.capture() as capture:
+    console.print(f"{report.step}: {report.chip or 'host'}, {shown}")
     for part in parts:
       console.print(part)
     for name, runs in report.not_counted.items():

@@ -26,7 +26,7 @@ _FREE = frozenset({
 BOOKKEEPING = frozenset({
   "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone",
   "AsyncCollectiveStart", "ConcatBitcast", "GatherScatterIndicesBitpacked",
-  "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape",
+  "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "ZeroCrop",
 })  # fmt: skip
 _VIEWS = ("bitcast", "copy", "convert", "reshape", "transpose")
 _SLICES = ("dynamic-slice", "gather", "slice")

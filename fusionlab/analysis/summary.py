@@ -1,14 +1,22 @@
 """What a config costs, before anything is allocated: `--mode=summary`."""
 
 import math
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
 
 from fusionlab.analysis import parameters
+from fusionlab.analysis.devices import chip
 from fusionlab.analysis.parameters import ParameterCount
+from fusionlab.analysis.step_costs import (
+  StepCosts,
+  hiding_tokens,
+  link_bytes_per_s,
+  step_costs,
+)
 from fusionlab.experiment import Experiment
-from fusionlab.sharding.mesh import AXES
+from fusionlab.sharding.mesh import AXES, PRESETS, mesh_shape
 from fusionlab.tokenizers import load_tokenizers
 from fusionlab.towers import SHARED
 
@@ -17,8 +25,8 @@ def render(experiment: Experiment) -> str:
   """Tables of parameters, FLOPs per token and bytes per device.
 
   Args:
-    experiment: validated; its mesh sizes count as given, whatever devices are
-      at hand. Where `fsdp` takes every device there is, bytes are those of all.
+    experiment: validated; a preset that names a machine fills its axes, others
+      count as given, whatever devices are at hand.
 
   Returns:
     Text for a terminal.
@@ -26,7 +34,7 @@ def render(experiment: Experiment) -> str:
   Raises:
     UserError: a tokenizer file that cannot be read.
   """
-  model, mesh = experiment.model, experiment.mesh
+  model = experiment.model
   vocab_size = model.vocab_size
   if not vocab_size:
     tokenizers = load_tokenizers(
@@ -60,34 +68,103 @@ def render(experiment: Experiment) -> str:
     f"{3 * forward * rows * length / 1e6:,.0f}",
   )
 
+  sizes = _mesh(experiment)
+  shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
   memory = Table()
-  every = mesh.preset != "cpu" and not mesh.fsdp
+  every = experiment.mesh.preset == "auto" and not experiment.mesh.fsdp
   memory.add_column("bytes of all devices" if every else "bytes per device")
   memory.add_column("MiB", justify="right")
-  for name, number in state_bytes(experiment, counts).items():
+  for name, number in state_bytes(experiment, counts, sizes).items():
     memory.add_row(name, f"{number / 2**20:,.1f}")
-  shape = " x ".join(f"{axis} {getattr(mesh, axis) or 1}" for axis in AXES)
-  memory.caption = f"mesh {shape}; activations are not counted"
+  costs = step_costs(
+    experiment,
+    counts,
+    vocab_size,
+    sizes,
+    element=4 if model.compute_dtype == "float32" else 2,
+  )
+  memory.add_row("activations, about", f"{costs.activations / 2**20:,.1f}")
+  memory.caption = f"mesh {shape}"
   if every:
     memory.caption += "; --config.mesh.fsdp=N divides by N"
+  traffic = _traffic(experiment, costs, sizes, 3 * forward)
 
   console = Console(width=80, force_terminal=False)
   with console.capture() as capture:
-    for part in (table, work, memory):
+    for part in (table, work, memory, *traffic):
       console.print(part)
   return capture.get()
 
 
+def _mesh(experiment: Experiment) -> dict[str, int]:
+  """Axis sizes; as given where the preset names no machine."""
+  config = experiment.mesh
+  if config.preset in PRESETS:
+    return mesh_shape(config, PRESETS[config.preset].devices)
+  return {axis: getattr(config, axis) or 1 for axis in AXES}
+
+
+def _traffic(
+  experiment: Experiment,
+  costs: StepCosts,
+  sizes: Mapping[str, int],
+  flops_per_token: float,
+) -> list[Table | str]:
+  """What a step sends and for how long, where several devices share it."""
+  if not costs.traffic:
+    return []
+  preset = PRESETS.get(experiment.mesh.preset)
+  wires = None if preset is None else chip(preset.chip)
+  remat = experiment.model.remat
+  if remat != "none":
+    flops_per_token *= 4 / 3
+  table = Table()
+  table.add_column("a device sends in a step")
+  table.add_column("along")
+  table.add_column("MB", justify="right")
+  if wires is not None:
+    table.add_column("seconds at least", justify="right")
+  for one in costs.traffic:
+    cells = [one.kind, one.axes, f"{one.sent_bytes / 1e6:,.1f}"]
+    if wires is not None:
+      group = math.prod(sizes[axis] for axis in one.axes.split("+"))
+      rate = link_bytes_per_s(wires, group)
+      cells.append(f"{one.sent_bytes / rate:.4f}" if rate else "")
+    table.add_row(*cells)
+  towers = len(experiment.model.routed_towers.names)
+  notes = [
+    f"Along fsdp the matrices of all {towers} tower(s) are gathered, forward and"
+    f" backward, whatever the tokens; the rest does not depend on towers."
+  ]
+  if wires is not None:
+    seconds = costs.tokens * flops_per_token / wires.flops_per_s
+    notes.append(
+      f"Compute takes at least {seconds:.4f} s"
+      f"{'' if remat == 'none' else ', recomputation included'}, for"
+      f" {costs.tokens:,.0f} tokens a device."
+    )
+    least = hiding_tokens(costs, wires, sizes, flops_per_token)
+    if least is not None:
+      notes.append(
+        f"From {least:,.0f} tokens a device on it takes longer than the traffic"
+        f" along fsdp, which can then hide behind it."
+      )
+  return [table, *notes]
+
+
 def state_bytes(
-  experiment: Experiment, counts: ParameterCount
+  experiment: Experiment,
+  counts: ParameterCount,
+  sizes: Mapping[str, int],
 ) -> dict[str, float]:
-  """Bytes of the training state on one device, float32, split over `fsdp`.
+  """Bytes of the training state on one device, float32.
 
   Args:
-    experiment: its mesh and optimizer.
+    experiment: its optimizer.
     counts: numbers of parameters.
+    sizes: of the mesh's axes: `fsdp` and `tensor` split the parameters.
   """
-  each = 4 / max(1, experiment.mesh.fsdp)
+  each = 4 / (sizes["fsdp"] * sizes["tensor"])
   share = each * counts.total
   # Rows of the tables count as trained.
   trained = counts.total - sum(n for _, n in _frozen(experiment, counts))

@@ -7,13 +7,15 @@ import pytest
 
 from configs.mot_chameleon import get_config
 from fusionlab.analysis import parameters, summary
-from fusionlab.analysis.devices import peak_flops
+from fusionlab.analysis.devices import chip, peak_flops
+from fusionlab.analysis.step_costs import hiding_tokens, step_costs
 from fusionlab.batch import Vocabulary
 from fusionlab.experiment import Experiment
 from fusionlab.models import build_model
 from fusionlab.models.mixture_of_transformers import (
   MixtureOfTransformersConfig,
 )
+from fusionlab.sharding.mesh import AXES, mesh_shape
 from fusionlab.train.config import OptimizerConfig
 from fusionlab.train.optimizer import make_optimizer, make_schedule
 
@@ -74,7 +76,7 @@ def test_peaks_by_device_kind(kind, peak):
 def test_summary_names_every_number():
   """Totals, towers, FLOPs and bytes stand in the table as counted."""
   mapping = get_config().to_dict()
-  mapping["mesh"] |= {"preset": "gpu", "fsdp": 4}
+  mapping["mesh"] |= {"preset": "auto", "fsdp": 4}
   experiment = Experiment.from_mapping(mapping)
   counts = parameters.count(experiment.model, 4096)
   text = summary.render(experiment)
@@ -89,7 +91,7 @@ def test_summary_names_every_number():
   )
   # float32 parameters, gradients and two moments over four devices.
   assert f"{16 * counts.total / 4 / 2**20:,.1f}" in summary.render(adam)
-  whole = Experiment.from_mapping(mapping | {"mesh": {"preset": "gpu"}})
+  whole = Experiment.from_mapping(mapping | {"mesh": {"preset": "auto"}})
   assert "bytes of all devices" in summary.render(whole)
 
 
@@ -107,5 +109,32 @@ def test_the_moments_are_counted_as_the_optimizer_keeps_them(kind):
   state = jax.eval_shape(optimizer.init, parameters.abstract_params(model))
   held = sum(4 * x.size for x in jax.tree.leaves(state) if x.size > 16)
   counts = parameters.count(experiment.model, 4096)
-  said = summary.state_bytes(experiment, counts)["optimizer's moments"]
+  whole = dict.fromkeys(AXES, 1)
+  said = summary.state_bytes(experiment, counts, whole)["optimizer's moments"]
   assert said == pytest.approx(held, rel=1e-5)
+
+
+def test_summary_tells_what_a_mesh_sends_and_from_where_it_hides():
+  """K towers gather K times the matrices; the tokens are those of the formula."""
+  config = get_config("7b")
+  config.mesh.preset = "tpu_v5e_256"
+  mot = Experiment.from_mapping(config.to_dict())
+  config.model.untie = ""
+  dense = Experiment.from_mapping(config.to_dict())
+  mesh = mesh_shape(mot.mesh, 256)
+  sent, least = {}, {}
+  for name, experiment in (("mot", mot), ("dense", dense)):
+    counts = parameters.count(experiment.model, 65_536)
+    costs = step_costs(experiment, counts, 65_536, mesh)
+    matrices = counts.total - counts.embedding - counts.norms
+    gathered = 255 / 256 * 2 * (2 * matrices + counts.embedding)
+    assert costs.traffic[0].sent_bytes == pytest.approx(gathered)
+    sent[name] = sum(one.sent_bytes for one in costs.traffic)
+    # Four links of 50 GB/s; 197 TFLOP/s.
+    flops = 3 * experiment.model.forward_flops_per_token(65_536, 4096)
+    least[name] = hiding_tokens(costs, chip("v5e"), mesh, flops)
+    assert least[name] == pytest.approx(sent[name] / 200e9 * 197e12 / flops)
+  assert 1.8 < sent["mot"] / sent["dense"] < 2
+  text = " ".join(summary.render(mot).split())
+  assert "the matrices of all 2 tower(s) are gathered" in text
+  assert f"From {least['mot'] * 3 / 4:,.0f} tokens a device on" in text

@@ -19,6 +19,7 @@ import yaml
 from absl import flags
 
 from experiments.command_line import Options, define_flags, parse
+from fusionlab.analysis.devices import chip
 from fusionlab.sharding.mesh import PRESETS
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -475,4 +476,5 @@ def test_the_guide_names_the_hardware_of_every_preset():
       assert preset.topology.split(":")[1] in cells
       assert str(preset.devices // 4) in cells  # hosts of four chips
     else:
-      assert str(preset.devices // preset.per_node) in cells
+      wires = chip(preset.chip).interconnect
+      assert str(preset.devices // wires.node_size) in cells

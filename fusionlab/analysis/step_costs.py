@@ -1,0 +1,182 @@
+"""What a training step sends and keeps on a mesh, by formula, before compiling.
+
+The formulas are those of the program that the rules make (sharding/rules.py), and
+tests hold them to the compiled one. Bytes are one device's.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from fusionlab.analysis.compiled import Traffic
+from fusionlab.analysis.devices import Chip, Switched
+from fusionlab.analysis.parameters import ParameterCount
+from fusionlab.experiment import Experiment
+
+_FULL = 4  # bytes of a float32
+# Products of a layer whose backward pass sums over tensor-parallel devices: two
+# forward (o, w_out), five backward (q, k, v, w_gate, w_in).
+_SUMS_OF_A_LAYER = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCosts:
+  """One device's share of a training step.
+
+  Attributes:
+    tokens: positions.
+    traffic: what it sends, by kind and mesh axes.
+    activations: bytes kept between the forward and the backward pass, and of the
+      layer and the loss being worked on.
+  """
+
+  tokens: float
+  traffic: tuple[Traffic, ...]
+  activations: float
+
+
+def step_costs(
+  experiment: Experiment,
+  counts: ParameterCount,
+  vocab_size: int,
+  mesh: Mapping[str, int],
+  *,
+  element: int = 2,
+) -> StepCosts:
+  """Costs of one optimizer step.
+
+  Under FSDP every device gathers all towers' matrices for the forward and for the
+  backward pass of each microbatch, and sums their gradients once: K towers send K
+  times what a dense model does, whatever the tokens. What tensor and context
+  parallelism send does not depend on towers.
+
+  Args:
+    experiment: model, batch and rows.
+    counts: of its model.
+    vocab_size: ids V of the tables.
+    mesh: axis -> size.
+    element: bytes of a number in the compute dtype.
+  """
+  model, train = experiment.model, experiment.train
+  f, t, s = mesh["fsdp"], mesh["tensor"], mesh["sequence"]
+  shards = mesh["data"] * f * mesh["expert"]
+  tokens = train.batch_size * experiment.data.row_length / (shards * s)
+  matrices = (counts.total - counts.embedding - counts.norms) / t
+  tables = counts.embedding / t
+  passes = train.accumulate
+  # Gradients of matrices are summed in the compute dtype, of tables in float32.
+  gradients = passes * (matrices * element + tables * _FULL)
+  kept = (f - 1) / f
+  layers, stream = model.num_layers, tokens * model.dim * element
+  recomputed = 1 if model.remat == "none" else 2
+  keys = 2 * tokens * s * model.kv_heads * model.width_of_head * element / t
+  rest = {a: mesh[a] for a in ("data", "expert", "sequence") if mesh[a] > 1}
+  others = math.prod(rest.values())
+  found = [
+    Traffic(
+      "all-gather",
+      "fsdp",
+      passes * (2 * layers * 7 * len(model.routed_towers.names) + 2),
+      kept * passes * element * (2 * matrices + tables),
+    ),
+    Traffic("reduce-scatter", "fsdp", passes, kept * gradients),
+    Traffic(
+      "all-reduce",
+      "+".join(rest),
+      passes,
+      2 * (others - 1) / others * gradients / f,
+    ),
+    Traffic(
+      "all-reduce",
+      "tensor",
+      passes * (layers * _SUMS_OF_A_LAYER + 2),
+      2
+      * (t - 1)
+      / t
+      * stream
+      * (layers * (_SUMS_OF_A_LAYER + 2 * (recomputed - 1)) + 2),
+    ),
+    Traffic(
+      "all-gather",
+      "sequence",
+      2 * layers * passes * recomputed,
+      (s - 1) / s * keys * layers * recomputed,
+    ),
+    Traffic(
+      "reduce-scatter",
+      "sequence",
+      2 * layers * passes,
+      (s - 1) / s * keys * layers,
+    ),
+  ]
+  return StepCosts(
+    tokens=tokens,
+    traffic=tuple(one for one in found if one.sent_bytes > 0),
+    activations=_activations(
+      experiment, tokens / passes, vocab_size, mesh, tables, element
+    ),
+  )
+
+
+def _activations(
+  experiment: Experiment,
+  tokens: float,
+  vocab_size: int,
+  mesh: Mapping[str, int],
+  tables: float,
+  element: int,
+) -> float:
+  """Bytes of what a microbatch leaves for its backward pass, and works on."""
+  model = experiment.model
+  heads = model.num_heads * model.width_of_head
+  groups = model.kv_heads * model.width_of_head
+  wide = (2 * heads + 2 * groups + 3 * model.width_of_ffn) / mesh["tensor"]
+  layer = tokens * element * (6 * model.dim + 2 * wide)
+  stream = tokens * element * model.dim
+  saved = layer if model.remat == "none" else stream
+  chunk = getattr(experiment.objective, "chunk", experiment.data.row_length)
+  length = experiment.data.row_length / mesh["sequence"]
+  positions = tokens * min(1.0, chunk / length)
+  logits = 3 * _FULL * positions * vocab_size / mesh["tensor"]
+  # The output table in the compute dtype, its gradient in float32.
+  table = tables / 2 * (element + _FULL)
+  return model.num_layers * saved + max(2 * layer, logits + table) + 2 * stream
+
+
+def link_bytes_per_s(chip: Chip, group: int) -> float | None:
+  """What a chip sends at most, all links at work; None where it is not known.
+
+  Args:
+    chip: of the table.
+    group: devices that take part.
+  """
+  wires = chip.interconnect
+  if wires is None:
+    return None
+  if isinstance(wires, Switched):
+    if group <= wires.node_size:
+      return wires.node_bytes_per_s
+    # Members of a node share its network cards.
+    return wires.network_bytes_per_s * wires.node_size
+  return 2 * wires.dimensions * wires.link_bytes_per_s
+
+
+def hiding_tokens(
+  costs: StepCosts, chip: Chip, mesh: Mapping[str, int], flops_per_token: float
+) -> float | None:
+  """Tokens of a device from which the traffic of weights hides behind compute.
+
+  Args:
+    costs: of the step.
+    chip: its peaks.
+    mesh: axis -> size.
+    flops_per_token: of the training step, recomputation included.
+
+  Returns:
+    The tokens; None where nothing is sent along `fsdp` or no link is known.
+  """
+  rate = link_bytes_per_s(chip, mesh["fsdp"])
+  sent = sum(one.sent_bytes for one in costs.traffic if one.axes == "fsdp")
+  if rate is None or not sent:
+    return None
+  return sent / rate * chip.flops_per_s / flops_per_token
