@@ -73,15 +73,13 @@ def run(
         f"{folder} has no checkpoint of step {step}; it has"
         f" {', '.join(map(str, have)) or 'none'}"
       )
-  path = checkpoints.find(path)
-  loaded = checkpoints.load(path)
+  found = checkpoints.look(path)
   setup = build(
-    _placed(loaded.experiment, experiment), tokenizers=loaded.tokenizers
+    _placed(found.experiment, experiment), tokenizers=found.tokenizers
   )
-  params = loaded.params if loaded.ema is None else loaded.ema
-  params = jax.device_put(
-    params,
-    rules.param_shardings(setup.model.param_axes(), params, setup.mesh),
+  params = checkpoints.load_scored(
+    found,
+    rules.param_shardings(setup.model.param_axes(), found.scored, setup.mesh),
   )
   started = time.monotonic()
   console = console or Console()
@@ -115,18 +113,18 @@ def run(
         gallery.measure(split, examples, results)
         shown[split] = Shown.choose(examples, scores, config.grid)
     result = {
-      "step": loaded.step,
-      "checkpoint": str(path),
+      "step": found.step,
+      "checkpoint": str(found.folder),
       **results.as_mapping(),
     }
     if jax.process_index() == 0:
       if gallery is not None:
         tell("pictures for the report")
-        samples.write(folder, gallery, shown, loaded.step)
+        samples.write(folder, gallery, shown, found.step)
       result["seconds"] = round(time.monotonic() - started, 1)
       write_json(folder / "evaluation.json", result)
   if jax.process_index() == 0:
-    console.print(table_of(results.metrics, loaded.step))
+    console.print(table_of(results.metrics, found.step))
   return result
 
 

@@ -108,6 +108,7 @@ class _Watch(threading.Thread):
     self._client = client()
     self._index = distributed.global_state.process_id
     self._count = distributed.global_state.num_processes
+    self._address = distributed.global_state.coordinator_address
     self._timeout = timeout
     self._interval = min(timeout / 10, 2.0)
     self._stopped = threading.Event()
@@ -148,7 +149,7 @@ class _Watch(threading.Thread):
 
     What jax does then keeps its own thread from ever failing our calls.
     """
-    host, _, port = distributed.global_state.coordinator_address.rpartition(":")
+    host, _, port = str(self._address).rpartition(":")
     while not self._stopped.wait(self._interval / 2):
       asked = self._asked
       waited = 0.0 if asked is None else time.monotonic() - asked
@@ -167,8 +168,7 @@ class _Watch(threading.Thread):
     if not self._stopped.is_set():
       self._end(
         f"process 0 of {self._count}, which coordinates the others, was lost"
-        f" (its service at {distributed.global_state.coordinator_address}"
-        f" answers no more); {_RESUME}",
+        f" (its service at {self._address} answers no more); {_RESUME}",
         speaker=1,
       )
 
@@ -176,8 +176,8 @@ class _Watch(threading.Thread):
     """Process 0: says who is lost."""
     beats, hurt = self._read(_BEAT), self._read(_HURT)
     for index in range(1, self._count):
-      last, still = self._beats.get(index, ("", 0))
       now = beats.get(index, "")
+      last, still = self._beats.get(index, (now, 0))
       self._beats[index] = (now, still + 1 if now == last else 0)
     # An error of the devices' communication is a sign too.
     patience = math.ceil((3.0 if hurt else self._timeout) / self._interval)

@@ -46,6 +46,8 @@ __all__ = [
   "Loaded",
   "find",
   "load",
+  "load_scored",
+  "look",
   "newest",
   "read_meta",
   "restore_state",
@@ -65,6 +67,7 @@ class Loaded:
     ema: their moving average, or None.
     step: optimizer steps taken.
     meta: everything `meta.json` says.
+    folder: where it lies.
   """
 
   experiment: Experiment
@@ -73,6 +76,12 @@ class Loaded:
   ema: PyTree | None
   step: int
   meta: Mapping[str, Any]
+  folder: Path
+
+  @property
+  def scored(self) -> PyTree:
+    """What evaluation takes: the moving average where the run kept one."""
+    return self.params if self.ema is None else self.ema
 
 
 def load(path: str | Path) -> Loaded:
@@ -84,9 +93,55 @@ def load(path: str | Path) -> Loaded:
   Raises:
     UserError: see `find` and `read_meta`.
   """
-  folder = find(path)
-  meta = read_meta(folder)
+  found = look(path)
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+  def restored(folder: str, abstract: PyTree) -> PyTree:
+    placed = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=device
+      ),
+      abstract,
+    )
+    return _restore(found.folder / folder, placed)
+
+  return dataclasses.replace(
+    found,
+    params=restored("params", found.params),
+    ema=None if found.ema is None else restored("ema", found.ema),
+  )
+
+
+def load_scored(found: Loaded, shardings: PyTree) -> PyTree:
+  """Loads `found.scored`, each process and device only its own part.
+
+  Args:
+    found: see `look`.
+    shardings: of the parameters.
+  """
+  placed = jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding
+    ),
+    found.scored,
+    shardings,
+  )
+  return _restore(
+    found.folder / ("params" if found.ema is None else "ema"), placed
+  )
+
+
+def look(path: str | Path) -> Loaded:
+  """Reads everything but the arrays, in whose place stand their shapes.
+
+  Args:
+    path: see `find`; of several processes the first one looks.
+
+  Raises:
+    UserError: see `find` and `read_meta`.
+  """
+  folder = Path(from_first(lambda: str(find(path))))
+  meta = read_meta(folder)
   abstract: dict[str, Any] = {}
   for name, leaf in meta["parameters"].items():
     *parents, last = name.split("/")
@@ -94,15 +149,16 @@ def load(path: str | Path) -> Loaded:
     for parent in parents:
       node = node.setdefault(parent, {})
     node[last] = jax.ShapeDtypeStruct(
-      tuple(leaf["shape"]), np.dtype(leaf["dtype"]), sharding=device
+      tuple(leaf["shape"]), np.dtype(leaf["dtype"])
     )
   return Loaded(
     experiment=Experiment.from_mapping(meta["config"]),
     tokenizers=Tokenizers.from_folder(folder / "tokenizers"),
-    params=_restore(folder / "params", abstract),
-    ema=_restore(folder / "ema", abstract) if meta["ema"] else None,
+    params=abstract,
+    ema=abstract if meta["ema"] else None,
     step=meta["step"],
     meta=meta,
+    folder=folder,
   )
 
 
@@ -124,8 +180,7 @@ def load_model(path: str | Path) -> tuple[Any, PyTree, Tokenizers]:
     loaded.tokenizers.vocabulary,
     loaded.experiment.data.row_length,
   )
-  params = loaded.params if loaded.ema is None else loaded.ema
-  return model, params, loaded.tokenizers
+  return model, loaded.scored, loaded.tokenizers
 
 
 def save_model(

@@ -29,6 +29,7 @@ from fusionlab.train.state import (
   abstract_state,
   init_state,
   new_state,
+  place,
   state_shardings,
   stream,
 )
@@ -156,7 +157,7 @@ def build_steps(setup: Setup) -> Steps:
       donate_argnums=0,
       out_shardings=shardings,
     )
-    return start(jax.device_put(params, shardings.params))
+    return start(place(params, shardings.params))
 
   return Steps(
     abstract=abstract,

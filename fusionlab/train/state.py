@@ -8,6 +8,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Int, PyTree
@@ -170,6 +171,24 @@ def init_state(
     **options,
   )
   return create(key)
+
+
+def place(tree: PyTree, shardings: PyTree) -> PyTree:
+  """Puts arrays that every process has whole where the shardings say.
+
+  Args:
+    tree: arrays on one device of each process.
+    shardings: over the devices of all processes.
+  """
+  if jax.process_count() == 1:
+    return jax.device_put(tree, shardings)
+  return jax.tree.map(
+    lambda leaf, sharding: jax.make_array_from_callback(
+      leaf.shape, sharding, np.asarray(leaf).__getitem__
+    ),
+    tree,
+    shardings,
+  )
 
 
 def with_shardings(abstract: TrainState, shardings: TrainState) -> TrainState:
