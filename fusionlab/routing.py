@@ -230,7 +230,7 @@ def unroute(
   """
   if layout is None:
     return routed[0]
-  x = _unroute(routed, layout, split)
+  x: jax.Array = _unroute(routed, layout, split)
   return x.reshape(-1, length, *x.shape[2:])
 
 

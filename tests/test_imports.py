@@ -220,10 +220,14 @@ def test_only_the_gate_of_an_operation_imports_its_implementations():
 
 
 def test_only_sharding_names_a_mesh_axis():
-  """A mesh axis as a string occurs nowhere else (design: rules are one place)."""
+  """A mesh axis as a string occurs nowhere else (design: rules are one place).
+
+  But in the formulas of what those rules send along each axis.
+  """
   found = []
+  formulas = pathlib.Path("fusionlab", "analysis", "step_costs.py")
   for path in SOURCES:
-    if path.parts[:2] == ("fusionlab", "sharding"):
+    if path.parts[:2] == ("fusionlab", "sharding") or path == formulas:
       continue
     for node in ast.walk(tree(path)):
       if isinstance(node, ast.Constant) and node.value == "fsdp":

@@ -80,6 +80,8 @@ class Report:
     traffic: collectives, the largest first.
     roofline: bounds of the time; None where the chip is not known.
     not_counted: what the figures leave out -> how often it runs.
+    by_formula: whether the figures are `fusionlab.analysis.step_costs`' and no
+      compiler's.
   """
 
   step: str
@@ -93,6 +95,7 @@ class Report:
   traffic: tuple[Traffic, ...] = ()
   roofline: Roofline | None = None
   not_counted: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  by_formula: bool = False
 
   def to_json(self) -> dict[str, Any]:
     """Everything as JSON's types, with the verdict."""
@@ -141,7 +144,7 @@ def compile_report(
     if memory is None:
       raise
     return Report(**common, memory=memory)
-  program = hlo.analyse(compiled.as_text())
+  program = hlo.analyse(compiled.as_text() or "")
   flops, left = program.flops, Counter(program.uncounted)
   for name, runs in program.uncounted.items():
     for part, each in kernel_flops.items():
@@ -191,15 +194,16 @@ def _too_much(message: str) -> Memory | None:
 
 
 def _traffic(program: hlo.Program, mesh: Mesh) -> tuple[Traffic, ...]:
-  sent: Counter[tuple[str, str]] = Counter()
+  sent: dict[tuple[str, str], float] = {}
   runs: Counter[tuple[str, str]] = Counter()
   for collective in program.collectives:
     if collective.group_size > 1:
       key = collective.kind, mesh_axes(collective, dict(mesh.shape))
-      sent[key] += collective.total_bytes
+      sent[key] = sent.get(key, 0.0) + collective.total_bytes
       runs[key] += collective.executions
   return tuple(
-    Traffic(*key, runs[key], total) for key, total in sent.most_common()
+    Traffic(*key, runs[key], total)
+    for key, total in sorted(sent.items(), key=lambda item: -item[1])
   )
 
 
@@ -245,11 +249,16 @@ def render(report: Report) -> str:
     verdict = "fits" if held.fits else "does not fit"
     memory.add_row("verdict", verdict)
   parts.append(memory)
-  if report.hbm_bytes:
+  if report.hbm_bytes or report.by_formula:
     parts += [_work_table(report), _traffic_table(report)]
   console = Console(width=80, force_terminal=False)
   with console.capture() as capture:
     console.print(f"{report.step}: {report.chip or 'host'}, {shown}")
+    if report.by_formula:
+      console.print(
+        "Figures by formula: lowered for this platform, which nothing here"
+        " compiles for."
+      )
     for part in parts:
       console.print(part)
     for name, runs in report.not_counted.items():
@@ -270,9 +279,12 @@ def _work_table(report: Report) -> Table:
   table.add_row("tokens", f"{report.tokens:,.0f}", "")
   table.add_row("model TFLOP", f"{report.model_flops / 1e12:,.3f}", "")
   table.add_row("TFLOP", f"{report.flops / 1e12:,.3f}", seconds[0])
-  table.add_row(
-    "memory traffic, GB, at most", f"{report.hbm_bytes / 1e9:,.2f}", seconds[1]
-  )
+  if report.hbm_bytes:
+    table.add_row(
+      "memory traffic, GB, at most",
+      f"{report.hbm_bytes / 1e9:,.2f}",
+      seconds[1],
+    )
   table.add_row("sent, GB", f"{sent / 1e9:,.3f}", seconds[2])
   if line is not None:
     table.add_section()

@@ -8,10 +8,12 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from fusionlab.analysis.compiled import Traffic
+from fusionlab.analysis.compiled import Memory, Report, Traffic
 from fusionlab.analysis.devices import Chip, Switched
 from fusionlab.analysis.parameters import ParameterCount
+from fusionlab.analysis.roofline import Roofline
 from fusionlab.experiment import Experiment
+from fusionlab.towers import SHARED
 
 _FULL = 4  # bytes of a float32
 # Products of a layer whose backward pass sums over tensor-parallel devices: two
@@ -143,6 +145,50 @@ def _activations(
   return model.num_layers * saved + max(2 * layer, logits + table) + 2 * stream
 
 
+def state_bytes(
+  experiment: Experiment,
+  counts: ParameterCount,
+  sizes: Mapping[str, int],
+) -> dict[str, float]:
+  """Bytes of the training state on one device, float32.
+
+  Args:
+    experiment: its optimizer.
+    counts: numbers of parameters.
+    sizes: of the mesh's axes: `fsdp` and `tensor` split the parameters.
+  """
+  each = 4 / (sizes["fsdp"] * sizes["tensor"])
+  share = each * counts.total
+  # Rows of the tables count as trained.
+  trained = counts.total - sum(
+    n for _, n in frozen_parameters(experiment, counts)
+  )
+  moments = 2 * each * trained
+  if experiment.optimizer.kind == "muon":
+    # One moment of a layer's matrix, two of what Adam keeps.
+    moments -= each * (trained - counts.embedding - counts.norms)
+  parts = {
+    "parameters": share,
+    "gradients": each * trained,
+    "optimizer's moments": moments,
+  }
+  if experiment.optimizer.ema_decay:
+    parts["moving average"] = share
+  parts["sum"] = math.fsum(parts.values())
+  return parts
+
+
+def frozen_parameters(
+  experiment: Experiment, counts: ParameterCount
+) -> list[tuple[str, int]]:
+  """Parameters of each frozen tower, without its rows of the tables."""
+  return [
+    (name, counts.per_tower[name] - counts.embedding * (name == SHARED))
+    for name in experiment.optimizer.freeze.split()
+    if name in counts.per_tower
+  ]
+
+
 def link_bytes_per_s(chip: Chip, group: int) -> float | None:
   """What a chip sends at most, all links at work; None where it is not known.
 
@@ -159,6 +205,70 @@ def link_bytes_per_s(chip: Chip, group: int) -> float | None:
     # Members of a node share its network cards.
     return wires.network_bytes_per_s * wires.node_size
   return 2 * wires.dimensions * wires.link_bytes_per_s
+
+
+def report_by_formula(
+  experiment: Experiment,
+  counts: ParameterCount,
+  vocab_size: int,
+  mesh: Mapping[str, int],
+  chip: Chip,
+  model_flops_per_token: float,
+) -> Report:
+  """A training step's report where no compiler for the chip is at hand.
+
+  Args:
+    experiment: model, batch, rows and optimizer.
+    counts: of its model.
+    vocab_size: ids V of the tables.
+    mesh: axis -> size.
+    chip: its peaks.
+    model_flops_per_token: of a training step.
+  """
+  costs = step_costs(experiment, counts, vocab_size, mesh)
+  state = state_bytes(experiment, counts, mesh)
+  model_flops = costs.tokens * model_flops_per_token
+  flops = model_flops * (1 if experiment.model.remat == "none" else 4 / 3)
+  by_axes: dict[str, float] = {}
+  for one in costs.traffic:
+    group = math.prod(mesh[axis] for axis in one.axes.split("+"))
+    rate = link_bytes_per_s(chip, group)
+    if rate is not None:
+      by_axes[one.axes] = by_axes.get(one.axes, 0.0) + one.sent_bytes / rate
+  compute, sending = flops / chip.flops_per_s, math.fsum(by_axes.values())
+  useful = model_flops / chip.flops_per_s
+  temporaries = int(costs.activations + state["gradients"])
+  arguments = int(state["sum"] - state["gradients"])
+  return Report(
+    step="training step",
+    chip=chip.name,
+    mesh=mesh,
+    memory=Memory(
+      arguments,
+      0,
+      temporaries,
+      0,
+      peak=arguments + temporaries,
+      available=None if chip.hbm_bytes is None else int(chip.hbm_bytes),
+    ),
+    tokens=costs.tokens,
+    flops=flops,
+    model_flops=model_flops,
+    traffic=costs.traffic,
+    roofline=Roofline(
+      compute=compute,
+      memory=0.0,
+      communication=sending,
+      by_axes=by_axes,
+      overlapped=max(compute, sending),
+      serial=compute + sending,
+      mfu_overlapped=useful / max(compute, sending),
+      mfu_serial=useful / (compute + sending),
+      limit="compute" if compute >= sending else "communication",
+    ),
+    not_counted={"memory traffic": 1},
+    by_formula=True,
+  )
 
 
 def hiding_tokens(

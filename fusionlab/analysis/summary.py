@@ -8,17 +8,17 @@ from rich.table import Table
 
 from fusionlab.analysis import parameters
 from fusionlab.analysis.devices import chip
-from fusionlab.analysis.parameters import ParameterCount
 from fusionlab.analysis.step_costs import (
   StepCosts,
+  frozen_parameters,
   hiding_tokens,
   link_bytes_per_s,
+  state_bytes,
   step_costs,
 )
 from fusionlab.experiment import Experiment
 from fusionlab.sharding.mesh import AXES, PRESETS, mesh_shape
 from fusionlab.tokenizers import load_tokenizers
-from fusionlab.towers import SHARED
 
 
 def render(experiment: Experiment) -> str:
@@ -52,7 +52,10 @@ def render(experiment: Experiment) -> str:
     ("active per token", counts.active),
     ("embedding and output tables", counts.embedding),
     *((f"tower {name}", n) for name, n in counts.per_tower.items()),
-    *((f"  frozen: {name}", n) for name, n in _frozen(experiment, counts)),
+    *(
+      (f"  frozen: {name}", n)
+      for name, n in frozen_parameters(experiment, counts)
+    ),
   ):
     table.add_row(name, f"{number:,}")
 
@@ -150,45 +153,3 @@ def _traffic(
         f" along fsdp, which can then hide behind it."
       )
   return [table, *notes]
-
-
-def state_bytes(
-  experiment: Experiment,
-  counts: ParameterCount,
-  sizes: Mapping[str, int],
-) -> dict[str, float]:
-  """Bytes of the training state on one device, float32.
-
-  Args:
-    experiment: its optimizer.
-    counts: numbers of parameters.
-    sizes: of the mesh's axes: `fsdp` and `tensor` split the parameters.
-  """
-  each = 4 / (sizes["fsdp"] * sizes["tensor"])
-  share = each * counts.total
-  # Rows of the tables count as trained.
-  trained = counts.total - sum(n for _, n in _frozen(experiment, counts))
-  moments = 2 * each * trained
-  if experiment.optimizer.kind == "muon":
-    # One moment of a layer's matrix, two of what Adam keeps.
-    moments -= each * (trained - counts.embedding - counts.norms)
-  parts = {
-    "parameters": share,
-    "gradients": each * trained,
-    "optimizer's moments": moments,
-  }
-  if experiment.optimizer.ema_decay:
-    parts["moving average"] = share
-  parts["sum"] = math.fsum(parts.values())
-  return parts
-
-
-def _frozen(
-  experiment: Experiment, counts: ParameterCount
-) -> list[tuple[str, int]]:
-  """Parameters of each frozen tower, without its rows of the tables."""
-  return [
-    (name, counts.per_tower[name] - counts.embedding * (name == SHARED))
-    for name in experiment.optimizer.freeze.split()
-    if name in counts.per_tower
-  ]

@@ -14,7 +14,7 @@ import dataclasses
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import jax
@@ -102,22 +102,22 @@ def abstract_batch(rows: Rows) -> Batch:
     rows: shapes and shares.
   """
 
-  def ints(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, np.int32)
+  def shape_of(*shape: int, dtype: Any = np.int32) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
 
   size = (rows.batch_rows, rows.row_length)
   layout = None
   if rows.towers is not None:
     groups, places = rows.batch_groups, rows.tower_places
     layout = Layout(
-      tuple(ints(groups, count) for count in places),
-      ints(groups, sum(places)),
+      tuple(shape_of(groups, count) for count in places),
+      shape_of(groups, sum(places)),
     )
   return Batch(
-    *(ints(*size) for _ in range(7)),
-    weight=jax.ShapeDtypeStruct(size, np.float32),
+    *(shape_of(*size) for _ in range(7)),
+    weight=shape_of(*size, dtype=np.float32),
     layout=layout,
-    stored=ints(*size) if rows.parts > 1 else None,
+    stored=shape_of(*size) if rows.parts > 1 else None,
   )
 
 

@@ -1,5 +1,6 @@
 """How rows meet devices: batches placed, shared by processes, split in length."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -191,8 +192,8 @@ def split_rows(batch: Batch, parts: int) -> Batch:
     )
     place = np.argsort(np.concatenate(moved, axis=1), axis=1).astype(np.int32)
     layout = Layout(moved, place)
-  plain = jax.tree.map(reorder, batch.replace(layout=None))
-  return plain.replace(layout=layout, stored=stored)
+  plain = jax.tree.map(reorder, dataclasses.replace(batch, layout=None))
+  return dataclasses.replace(plain, layout=layout, stored=stored)
 
 
 def check_split(group_rows: int, counts: Sequence[int], parts: int) -> None:

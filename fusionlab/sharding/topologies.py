@@ -1,7 +1,11 @@
 """Devices that are not there, for compiling on a host without accelerators."""
 
+import contextlib
+import importlib
 import os
 from typing import Any
+
+import jax
 
 from fusionlab.errors import UserError
 from fusionlab.sharding.mesh import PRESETS
@@ -28,7 +32,7 @@ def absent_devices(preset: str) -> list[Any]:
   """
   for name, value in _LIBTPU.items():
     os.environ.setdefault(name, value)
-  import libtpu  # noqa: F401  (jax's own message does not name the package)
+  importlib.import_module("libtpu")  # jax's own message does not name it
   from jax.experimental import topologies
 
   slice_name = PRESETS[preset].topology
@@ -42,3 +46,25 @@ def absent_devices(preset: str) -> list[Any]:
       f" {error}"
     ) from error
   return list(found.devices)
+
+
+def host_devices(count: int) -> list[Any]:
+  """Host devices that stand for chips while a program is lowered.
+
+  Args:
+    count: how many; jax makes them when it makes its first.
+
+  Raises:
+    UserError: this process has already made fewer.
+  """
+  with contextlib.suppress(
+    RuntimeError
+  ):  # made already; perhaps enough of them
+    jax.config.update("jax_num_cpu_devices", count)
+  found = jax.devices("cpu")
+  if len(found) < count:
+    raise UserError(
+      f"lowering for {count} devices needs as many host devices, and this process"
+      f" has already made {len(found)}; use one that has not used jax"
+    )
+  return list(found[:count])

@@ -15,7 +15,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int, PyTree
 
+from fusionlab.analysis import parameters
 from fusionlab.analysis.compiled import Report, compile_report
+from fusionlab.analysis.devices import chip
+from fusionlab.analysis.step_costs import report_by_formula
 from fusionlab.batch import Vocabulary
 from fusionlab.data.loader import Rows, abstract_batch
 from fusionlab.data.plan import layout_counts
@@ -24,8 +27,14 @@ from fusionlab.models import build_model
 from fusionlab.objectives import build_objective
 from fusionlab.sharding import axes, rules
 from fusionlab.sharding.batches import batch_shardings
-from fusionlab.sharding.mesh import PRESETS, make_mesh
-from fusionlab.sharding.topologies import absent_devices
+from fusionlab.sharding.mesh import (
+  PRESETS,
+  MeshConfig,
+  Preset,
+  make_mesh,
+  mesh_shape,
+)
+from fusionlab.sharding.topologies import absent_devices, host_devices
 from fusionlab.tokenizers import load_tokenizers
 from fusionlab.towers import tower_names
 from fusionlab.train.setup import Setup, build_steps, default_group_rows
@@ -60,8 +69,13 @@ def compile_steps(experiment: Experiment) -> Iterator[Report]:
   Raises:
     UserError: a mesh that does not fit, or a machine that cannot be compiled for.
   """
-  preset = experiment.mesh.preset
-  devices = absent_devices(preset) if preset in PRESETS else None
+  preset = PRESETS.get(experiment.mesh.preset)
+  if preset is not None and not preset.topology:
+    yield _lowered_for_gpu(experiment, preset)
+    return
+  devices = None
+  if preset is not None:
+    devices = absent_devices(experiment.mesh.preset)
   mesh = make_mesh(experiment.mesh, devices)
   setup, rows = setup_without_data(experiment, mesh)
   tokens = rows.batch_rows * rows.row_length / mesh.size
@@ -84,6 +98,31 @@ def compile_steps(experiment: Experiment) -> Iterator[Report]:
     tokens=shards / mesh.size,
     model_flops=forward * shards / mesh.size,
     kernel_flops={},
+  )
+
+
+def _lowered_for_gpu(experiment: Experiment, preset: Preset) -> Report:
+  """Lowers the training step for CUDA on stand-ins; the figures are formulas'.
+
+  XLA's own compiler for GPUs comes with the CUDA plugin alone.
+  """
+  model = experiment.model
+  if model.compute_dtype == "auto":
+    model = dataclasses.replace(model, compute_dtype="bfloat16")
+    experiment = dataclasses.replace(experiment, model=model)
+  sizes = mesh_shape(experiment.mesh, preset.devices)
+  every = MeshConfig("auto", **sizes)
+  mesh = make_mesh(every, host_devices(preset.devices))
+  setup, rows = setup_without_data(experiment, mesh)
+  lower_train_step(setup, rows, platform="cuda")
+  vocab_size = setup.data.vocabulary.size
+  return report_by_formula(
+    setup.experiment,
+    parameters.count(model, vocab_size),
+    model.vocab_size or vocab_size,
+    sizes,
+    chip(preset.chip),
+    setup.train_flops_per_token,
   )
 
 
@@ -167,20 +206,25 @@ def setup_without_data(
   )
 
 
-def lower_train_step(setup: Setup, rows: Rows) -> jax.stages.Lowered:
+def lower_train_step(
+  setup: Setup, rows: Rows, platform: str | None = None
+) -> jax.stages.Lowered:
   """Lowers the very step that training runs.
 
   Args:
     setup: of `setup_without_data`.
     rows: shape of the batch.
+    platform: to lower for; default that of the mesh's devices.
   """
   steps = build_steps(setup)
   batch = abstract_batch(rows)
   shardings = batch_shardings(batch, setup.mesh)
-  return steps.train_step.lower(
+  step: Any = steps.train_step
+  traced = step.trace(
     with_shardings(steps.abstract, steps.shardings),
     jax.tree.map(_with, batch, shardings),
   )
+  return traced.lower(lowering_platforms=platform and (platform,))
 
 
 def lower_generation_step(

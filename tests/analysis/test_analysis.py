@@ -8,7 +8,7 @@ import pytest
 from configs.mot_chameleon import get_config
 from fusionlab.analysis import parameters, summary
 from fusionlab.analysis.devices import chip, peak_flops
-from fusionlab.analysis.step_costs import hiding_tokens, step_costs
+from fusionlab.analysis.step_costs import hiding_tokens, state_bytes, step_costs
 from fusionlab.batch import Vocabulary
 from fusionlab.experiment import Experiment
 from fusionlab.models import build_model
@@ -110,7 +110,7 @@ def test_the_moments_are_counted_as_the_optimizer_keeps_them(kind):
   held = sum(4 * x.size for x in jax.tree.leaves(state) if x.size > 16)
   counts = parameters.count(experiment.model, 4096)
   whole = dict.fromkeys(AXES, 1)
-  said = summary.state_bytes(experiment, counts, whole)["optimizer's moments"]
+  said = state_bytes(experiment, counts, whole)["optimizer's moments"]
   assert said == pytest.approx(held, rel=1e-5)
 
 
