@@ -1,14 +1,20 @@
 """What every test runs under: 8 CPU devices, and types checked at each call."""
 
+import importlib.metadata
 import os
 
 # Before jax is imported by anything. A test's programs run a few times at most,
-# so compiling them quickly is worth more than running them quickly.
+# so compiling them quickly is worth more than running them quickly. MLIR's
+# emitters take three times as long as the older ones, which later releases do
+# not have (and where an unknown flag ends the process).
+_OLD_EMITTERS = importlib.metadata.version("jaxlib").startswith("0.10.")
 os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",
+    *["--xla_cpu_use_fusion_emitters=false"] * _OLD_EMITTERS,
   ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -47,6 +53,15 @@ def _own_cache(
   cache = tmp_path_factory.getbasetemp() / "cache"
   monkeypatch.setenv("FUSIONLAB_CACHE", str(cache))
   yield
+
+
+@pytest.fixture(scope="session")
+def compiler_options() -> dict[str, bool]:
+  """For `.compile` where its text is read: the emitters that a user has.
+
+  The older ones take every scatter apart.
+  """
+  return {"xla_cpu_use_fusion_emitters": True} if _OLD_EMITTERS else {}
 
 
 @pytest.fixture

@@ -295,7 +295,9 @@ def test_select_costs_every_tower():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_train_step_has_one_scatter_the_embeddings_gradient(dtype):
+def test_the_train_step_has_one_scatter_the_embeddings_gradient(
+  dtype, compiler_options
+):
   """Routing, loss, attention and dropout add none to the compiled step."""
   model, params = make(compute_dtype=dtype, dropout=0.1)
   batch = batch_for(model, padding=3, documents=2)
@@ -305,7 +307,7 @@ def test_the_train_step_has_one_scatter_the_embeddings_gradient(dtype):
   optimizer = optax.adamw(1e-3)
   step = make_train_step(model, objective, optimizer, dropout_seed=0)
   state = init_state(lambda key: params, optimizer, jax.random.key(0))
-  text = step.lower(state, batch).compile().as_text()
+  text = step.lower(state, batch).compile(compiler_options).as_text()
   assert text.count(" scatter(") == 1
 
 
