@@ -1,4 +1,9 @@
-"""Tiny float32 models whose parameters are all drawn, and their batches."""
+"""Tiny float32 models whose parameters are all drawn, and their batches.
+
+Equal models share their compiled programs, over all tests of a process.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +27,7 @@ def vocabulary(k):
   return Vocabulary(NAMES[:k], (40,) * k, begin=(0,) * k, end=(0,) * k)
 
 
+@functools.cache
 def make(k=2, *, ids=None, spread=0.2, **changes):
   """A tiny float32 model; scales are drawn so that norms are not neutral.
 
@@ -64,6 +70,7 @@ def batch_for(model, seed=0, rows=2, length=24, **options):
   )
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def loss_and_grad(model, params, batch):
   """Mean loss and gradient tree."""
   objective = build_objective(
@@ -74,12 +81,13 @@ def loss_and_grad(model, params, batch):
     mean = objective(model, p, batch, train=True)["loss"]
     return mean.total / mean.count
 
-  return jax.jit(jax.value_and_grad(f))(params)
+  return jax.value_and_grad(f)(params)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def apply(model, params, batch):
   """Hidden states, compiled as one program."""
-  return jax.jit(lambda p, b: model.apply({"params": p}, b))(params, batch)
+  return model.apply({"params": params}, batch)
 
 
 def close(a, b, rtol=1e-5, atol=1e-6):
