@@ -1,6 +1,7 @@
 """Rows: their rules, their randomness, cutting back, copying, guidance."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -76,36 +77,36 @@ def test_what_is_sampled_obeys_the_rules(tiny, guidance):
   assert blocks > 20
 
 
-def whole_document_scores(tiny):
-  """Scores of the next id from a whole document, compiled once for all lengths."""
-  model, params = tiny
-
-  @jax.jit
-  def scores(ids, batch, length):
-    hidden = model.apply({"params": params}, batch)[:, length - 1]
-    opened, inside = BLOCKS.where(ids[None], length[None])
-    return BLOCKS.restrict(
-      model.logits(params, hidden),
-      opened,
-      inside,
-      room=jnp.array([100]),
-      may_open=(1,),
-    )
-
-  return scores
+def whole(ids):
+  """A document alone in a row whose shapes hold any of these tests."""
+  # Padding takes the places that are left.
+  return batch_of_ids([ids], TWO, towers=(0, 1), row_length=64, counts=(40, 24))
 
 
-def greedy_by_recomputing(scores, prompt, number):
+@functools.partial(jax.jit, static_argnums=0)
+def last_logits(model, params, batch, length):
+  """Logits `[1, V]` after the last id, compiled once for all lengths."""
+  hidden = model.apply({"params": params}, batch)[:, length - 1]
+  return model.logits(params, hidden)
+
+
+@jax.jit
+def restricted(logits, ids, length):
+  """Logits `[1, V]` with what may not follow ruled out."""
+  opened, inside = BLOCKS.where(ids[None], length[None])
+  return BLOCKS.restrict(
+    logits, opened, inside, room=jnp.array([100]), may_open=(1,)
+  )
+
+
+def greedy_by_recomputing(tiny, prompt, number):
   """The likeliest allowed id, from the whole document, every time."""
   ids = list(prompt)
   for _ in range(number):
-    # Padding takes the places that are left.
-    batch = batch_of_ids(
-      [ids], TWO, towers=(0, 1), row_length=64, counts=(40, 24)
-    )
+    length = jnp.array(len(ids))
     padded = jnp.array(ids + [0] * (64 - len(ids)))
-    logits = scores(padded, batch, jnp.array(len(ids)))
-    ids.append(int(logits[0].argmax()))
+    logits = last_logits(*tiny, whole(ids), length)
+    ids.append(int(restricted(logits, padded, length)[0].argmax()))
     if ids[-1] == TWO.eos:
       break
   return ids
@@ -113,9 +114,9 @@ def greedy_by_recomputing(scores, prompt, number):
 
 def test_greedy_is_what_recomputing_gives_in_any_batch(tiny):
   greedy = sampler_for(tiny, Sampling(temperature=0.0))
-  together, scores = rows(run(greedy, steps=12)), whole_document_scores(tiny)
+  together = rows(run(greedy, steps=12))
   for prompt, ids in zip(PROMPTS, together, strict=True):
-    assert ids == greedy_by_recomputing(scores, prompt, len(ids) - len(prompt))
+    assert ids == greedy_by_recomputing(tiny, prompt, len(ids) - len(prompt))
     assert rows(run(greedy, [prompt], steps=12)) == [ids]
 
 
@@ -172,7 +173,6 @@ def test_copies_of_guided_rows_take_their_bare_rows_along(tiny):
 
 def test_guidance_is_what_two_documents_give(tiny):
   """c + (w - 1)(c - u), u from <bos> and the block alone, at every code."""
-  model, params = tiny
   seen = []
 
   def record(logits, state):
@@ -192,15 +192,7 @@ def test_guidance_is_what_two_documents_give(tiny):
   for logits, tokens, length in seen:
     ids = tokens[0, :length].tolist()
     both = [ids, [1, *ids[ids.index(3) :]]]
-    c, u = (
-      model.logits(
-        params,
-        model.apply({"params": params}, batch_of_ids([d], TWO, towers=(0, 1)))[
-          :, -1
-        ],
-      )
-      for d in both
-    )
+    c, u = (last_logits(*tiny, whole(d), jnp.array(len(d))) for d in both)
     np.testing.assert_allclose(logits, c + 2 * (c - u), rtol=1e-3, atol=1e-3)
   assert len(seen) == 5
 

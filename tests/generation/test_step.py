@@ -1,5 +1,6 @@
 """A step with a cache is the model: same numbers, fewer bytes."""
 
+import functools
 import math
 import re
 
@@ -11,6 +12,7 @@ import pytest
 from fusionlab.batch import batch_of_ids
 from fusionlab.routing import make_layout
 from tests.generation.tiny import THREE, TWO, document, make
+from tests.models.tiny import apply
 
 VARIANTS = {
   "mot": {},
@@ -28,7 +30,13 @@ def recomputed(model, params, documents):
   """Hidden states of whole documents, `[B, L, d]`."""
   towers = model.config.routed_towers.of_modality
   batch = batch_of_ids(documents, model.vocabulary, towers=towers)
-  return np.asarray(model.apply({"params": params}, batch))
+  return np.asarray(apply(model, params, batch))
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="layers")
+def step(model, *arguments, **options):
+  """`model.step`, compiled once for equal models and shapes."""
+  return model.step(*arguments, **options)
 
 
 def feed(model, params, cache, rows, start, **options):
@@ -37,7 +45,8 @@ def feed(model, params, cache, rows, start, **options):
   tokens = np.zeros((len(rows), width), np.int32)
   for row, ids in enumerate(rows):
     tokens[row, : len(ids)] = ids
-  return jax.jit(model.step, static_argnames="layers")(
+  return step(
+    model,
     params,
     tokens,
     cache,
