@@ -10,6 +10,8 @@ from tests.train import fakes
 @pytest.fixture(scope="session", autouse=True)
 def _compile_once(tmp_path_factory):
   keep_compiled(tmp_path_factory.getbasetemp() / "cache" / "compile")
+  # A tiny model's step takes less to compile than what a user waits for.
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture(scope="package", autouse=True)

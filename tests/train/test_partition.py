@@ -227,19 +227,21 @@ def test_gradients_flow_through_frozen_activations():
   parts = Parts(freeze="text")
   model = parts.model
 
+  @jax.jit
+  def gradients(trained, frozen, batch):
+    def loss(trained):
+      params = parts.partition.merge(trained, frozen)
+      return objective_of(model)(model, params, batch, train=True)["loss"].total
+
+    return jax.grad(loss)(trained)
+
   def gradient(document, weighed):
     batch = batch_of_ids(
       [document], model.vocabulary, towers=parts.towers.of_modality
     )
     weight = batch.weight * np.isin(batch.target, weighed)
     batch = dataclasses.replace(batch, weight=weight.astype(np.float32))
-    trained, frozen = parts.partition.split(parts.params)
-
-    def loss(trained):
-      params = parts.partition.merge(trained, frozen)
-      return objective_of(model)(model, params, batch, train=True)["loss"].total
-
-    return named_leaves(jax.grad(loss)(trained))
+    return named_leaves(gradients(*parts.partition.split(parts.params), batch))
 
   text, image = [5, 6, 7, 8], [45, 46, 47, 48]
   after = gradient([*image, *text], text)

@@ -1,5 +1,7 @@
 """The step: what is minimised, what is kept, and that it compiles once."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +25,10 @@ from tests.train import fakes
 
 
 class Parts:
-  """Model, objective, optimizer and loader of a tiny experiment."""
+  """Model, objective, optimizer and loader of a tiny experiment.
+
+  Its first state and its steps are made once: see `folder`.
+  """
 
   def __init__(self, folder, mesh=None, nan_at=(), **flat):
     flat = {"data__group_rows": 1, "train__batch_size": 8, **flat}
@@ -50,30 +55,53 @@ class Parts:
         rules.replicated(mesh),
       )
 
-  def state(self):
-    return init_state(
+  @functools.cached_property
+  def _first(self):
+    state = init_state(
       self.model.init_params,
       self.optimizer,
       stream(0, "params"),
       ema=self.ema,
       shardings=self.shardings,
     )
+    return jax.device_get(state), jax.tree.map(lambda a: a.sharding, state)
+
+  def state(self):
+    """The first state, whose memory a step may take."""
+    return jax.tree.map(
+      lambda a, where: jax.device_put(np.array(a), where), *self._first
+    )
 
   def step(self, **options):
-    return make_train_step(
-      self.model,
-      self.objective,
-      self.optimizer,
-      schedule=self.schedule,
-      ema_decay=self.experiment.optimizer.ema_decay,
-      shardings=self.shardings,
-      mesh=self.mesh,
-      **options,
-    )
+    return step_of(self, **options)
 
   def batch(self, index=0):
     host = self.data.train[index]
     return host if self.mesh is None else place_batch(host, self.mesh)
+
+
+@functools.cache
+def step_of(parts, **options):
+  """The compiled step of some parts."""
+  return make_train_step(
+    parts.model,
+    parts.objective,
+    parts.optimizer,
+    schedule=parts.schedule,
+    ema_decay=parts.experiment.optimizer.ema_decay,
+    shardings=parts.shardings,
+    mesh=parts.mesh,
+    **options,
+  )
+
+
+parts_of = functools.cache(Parts)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """The tokenizers of all tests: equal parts share their compiled programs."""
+  return tmp_path_factory.mktemp("step")
 
 
 def assert_close(a, b, **tolerances):
@@ -81,9 +109,9 @@ def assert_close(a, b, **tolerances):
     np.testing.assert_allclose(np.asarray(x), np.asarray(y), **tolerances)
 
 
-def test_split_takes_the_same_share_of_every_shard(tmp_path):
+def test_split_takes_the_same_share_of_every_shard(folder):
   """Microbatch a holds rows a of each shard; groups stay with their rows."""
-  batch = Parts(tmp_path).data.train[0]
+  batch = parts_of(folder).data.train[0]
   parts = split_batch(batch, accumulate=2, shards=2)
   expected = batch.tokens[[0, 1, 4, 5]]
   np.testing.assert_array_equal(parts.tokens[0], expected)
@@ -93,13 +121,13 @@ def test_split_takes_the_same_share_of_every_shard(tmp_path):
 
 
 @pytest.mark.smoke
-def test_accumulation_equals_one_big_batch(tmp_path):
+def test_accumulation_equals_one_big_batch(folder):
   """Four microbatches give the loss and the update of the whole batch.
 
   Adam's first update is a sign, so second-moment roundoff is not hidden: the
   moments, which are linear and quadratic in the gradient, are compared too.
   """
-  parts = Parts(tmp_path)
+  parts = parts_of(folder)
   results = []
   for accumulate in (1, 4):
     state, metrics = parts.step(accumulate=accumulate)(
@@ -113,11 +141,11 @@ def test_accumulation_equals_one_big_batch(tmp_path):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_sharded_equals_one_device(tmp_path, accumulate):
+def test_sharded_equals_one_device(folder, accumulate):
   """data 2 x fsdp 2: the same loss, norm and moments as one device's."""
   mesh = make_mesh(MeshConfig(data=2, fsdp=2))
   results = []
-  for parts in (Parts(tmp_path), Parts(tmp_path, mesh)):
+  for parts in (parts_of(folder), parts_of(folder, mesh)):
     state, metrics = parts.step(accumulate=accumulate)(
       parts.state(), parts.batch()
     )
@@ -128,10 +156,10 @@ def test_sharded_equals_one_device(tmp_path, accumulate):
   assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
 
 
-def test_state_is_created_sharded_and_stays_so(tmp_path):
+def test_state_is_created_sharded_and_stays_so(folder):
   """Moments lie where their parameter lies, before and after a step."""
   mesh = make_mesh(MeshConfig(fsdp=4))
-  parts = Parts(tmp_path, mesh, optimizer__ema_decay=0.9)
+  parts = parts_of(folder, mesh, optimizer__ema_decay=0.9)
   state = parts.state()
   shards = jax.tree.map(lambda x: x.sharding, state)
   new, _ = parts.step()(state, parts.batch())
@@ -153,9 +181,9 @@ def test_state_is_created_sharded_and_stays_so(tmp_path):
   )
 
 
-def test_ema_is_the_moving_average(tmp_path):
+def test_ema_is_the_moving_average(folder):
   """ema = decay·ema + (1 - decay)·params, starting at the first parameters."""
-  parts = Parts(tmp_path, optimizer__ema_decay=0.75)
+  parts = parts_of(folder, optimizer__ema_decay=0.75)
   first = jax.tree.map(np.array, parts.state().params)
   state, _ = parts.step()(parts.state(), parts.batch())
   expected = jax.tree.map(
@@ -166,9 +194,9 @@ def test_ema_is_the_moving_average(tmp_path):
 
 
 @pytest.mark.parametrize("policy", ["skip", "stop"])
-def test_not_finite(tmp_path, policy):
+def test_not_finite(folder, policy):
   """'skip' keeps parameters, moments and average and counts; both report."""
-  parts = Parts(tmp_path, nan_at=(1,), optimizer__ema_decay=0.9)
+  parts = parts_of(folder, nan_at=(1,), optimizer__ema_decay=0.9)
   step = parts.step(on_nonfinite=policy)
   state, metrics = step(parts.state(), parts.batch(0))
   assert metrics["finite"]
@@ -185,18 +213,18 @@ def test_not_finite(tmp_path, policy):
     assert state.skipped == 1
 
 
-def test_schedule_follows_the_step_past_a_skip(tmp_path):
+def test_schedule_follows_the_step_past_a_skip(folder):
   """After a skipped update the rate is that of the step, not of Adam's count."""
-  parts = Parts(tmp_path, nan_at=(0,))
+  parts = parts_of(folder, nan_at=(0,))
   step = parts.step(on_nonfinite="skip")
   state, _ = step(parts.state(), parts.batch(0))
   state, metrics = step(state, parts.batch(1))
   assert metrics["learning_rate"] == parts.schedule(1)
 
 
-def test_dropout_depends_on_seed_and_step(tmp_path):
+def test_dropout_depends_on_seed_and_step(folder):
   """The same seed and step give the same loss; another seed another one."""
-  parts = Parts(tmp_path, model__dropout=0.5)
+  parts = parts_of(folder, model__dropout=0.5)
   first, second = parts.step(dropout_seed=0), parts.step(dropout_seed=1)
   later = parts.state().replace(step=jnp.int32(5))
   losses = [
@@ -212,19 +240,19 @@ def test_dropout_depends_on_seed_and_step(tmp_path):
   assert len(set(losses)) == 3
 
 
-def test_a_recompile_is_an_error(tmp_path):
+def test_a_recompile_is_an_error(folder):
   """A batch of another shape is refused instead of compiled."""
-  parts = Parts(tmp_path)
+  parts = parts_of(folder)
   step = parts.step()
   state, _ = step(parts.state(), parts.batch())
-  other = Parts(tmp_path, train__batch_size=4).batch()
+  other = parts_of(folder, train__batch_size=4).batch()
   with pytest.raises(AssertionError, match="second time"):
     step(state, other)
 
 
-def test_loss_falls(tmp_path):
+def test_loss_falls(folder):
   """Forty steps on the synthetic documents learn most of their structure."""
-  parts = Parts(tmp_path)
+  parts = parts_of(folder)
   step, state = parts.step(), parts.state()
   losses = []
   for index in range(40):
