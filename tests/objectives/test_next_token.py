@@ -1,5 +1,7 @@
 """The chunked loss equals the plain one, per target modality."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,7 @@ VOCABULARY = Vocabulary(("text", "image"), (30, 20))
 BYTES = np.concatenate([np.zeros(5), np.arange(25) % 4 + 1]).astype(np.int32)
 
 
+@functools.cache
 def _setup():
   config = MixtureOfTransformersConfig(
     dim=16, num_layers=1, num_heads=2, ffn_dim=16, compute_dtype="float32"
@@ -30,6 +33,28 @@ def _setup():
     padding=2, documents=2,
   )  # fmt: skip
   return model, params, batch
+
+
+def _grad(f):
+  return jax.jit(jax.value_and_grad(f, has_aux=True))
+
+
+@functools.cache
+def _plain():
+  """Loss, scores of tokens and gradients, from all logits at once."""
+  model, params, batch = _setup()
+
+  def plain(p):
+    logits = model.logits(p, model.apply({"params": p}, batch))
+    log_z = jax.nn.logsumexp(logits, -1)
+    nll = log_z - jnp.take_along_axis(
+      logits, batch.target[..., None], -1
+    ).squeeze(-1)
+    w = batch.weight
+    loss = (w * (nll + 1e-2 * log_z**2)).sum() / w.sum()
+    return loss, (nll, logits.argmax(-1) == batch.target)
+
+  return _grad(plain)(params)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 21, 1000])
@@ -44,19 +69,8 @@ def test_chunked_equals_plain(chunk):
     means = objective(model, p, batch, train=True)
     return means["loss"].value(), means
 
-  def plain(p):
-    logits = model.logits(p, model.apply({"params": p}, batch))
-    log_z = jax.nn.logsumexp(logits, -1)
-    nll = log_z - jnp.take_along_axis(
-      logits, batch.target[..., None], -1
-    ).squeeze(-1)
-    w = batch.weight
-    loss = (w * (nll + 1e-2 * log_z**2)).sum() / w.sum()
-    return loss, (nll, logits.argmax(-1) == batch.target)
-
-  grad = lambda f: jax.jit(jax.value_and_grad(f, has_aux=True))  # noqa: E731
-  (loss, means), g = grad(chunked)(params)
-  (expected, (nll, correct)), g_expected = grad(plain)(params)
+  (loss, means), g = _grad(chunked)(params)
+  (expected, (nll, correct)), g_expected = _plain()
   np.testing.assert_allclose(loss, expected, rtol=1e-6)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
@@ -146,8 +160,12 @@ def test_word_dropout_acts_in_training_alone():
     for p in (0.0, 1.0)
   )
 
+  @functools.partial(jax.jit, static_argnums=0, static_argnames="train")
+  def value(objective, params, **options):
+    return objective(model, params, batch, **options)["loss"].value()
+
   def loss(objective, **options):
-    return float(objective(model, params, batch, **options)["loss"].value())
+    return float(value(objective, params, **options))
 
   expected = loss(plain, train=True, dropout_key=key)
   assert loss(dropped, train=False) == expected
