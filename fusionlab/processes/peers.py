@@ -114,7 +114,7 @@ class _Watch(threading.Thread):
     self._stopped = threading.Event()
     self._exit_code: int | None = None
     # Looks, not seconds: a job that was stopped and continued has lost nobody.
-    self._beats = dict.fromkeys(range(1, self._count), ("", 0))
+    self._beats: dict[int, tuple[str, int]] = {}
     self._asked: float | None = None
     self._ending = threading.Lock()
     # Losing the coordinator aborts from C++ at once. SIGABRT's handler is
@@ -205,10 +205,8 @@ class _Watch(threading.Thread):
     self._exit_code = _exit_code(error)
     self._stopped.set()
     with contextlib.suppress(Exception):
-      self._say(
-        f"process {self._index} of {self._count} ended:"
-        f" {type(error).__name__}: {text[:500]}"
-      )
+      what = f"{type(error).__name__}: {text[:500]}" if text else repr(error)
+      self._say(f"process {self._index} of {self._count} ended: {what}")
 
   def leave(self) -> None:
     """At exit: waits until all are done; one that failed waits for nobody."""

@@ -121,7 +121,14 @@ class _Status:
       workdirs.write_status(self.folder, status, self.step, reason)
 
   def lost(self, reason: str) -> None:
-    """Says that another process ended the run, in the place of process 0 too."""
+    """Says that another process ended the run, in process 0's place too."""
+    if not self.writes:
+      try:  # Whoever else holds the lock is alive: it, or the run's next start.
+        workdirs.Lock(self.folder)
+      except UserError:
+        return
+      if workdirs.status_of(self.folder) != "running":
+        return
     workdirs.write_status(self.folder, "failed", self.step, reason)
 
 

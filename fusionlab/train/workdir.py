@@ -228,6 +228,14 @@ def finished_at(workdir: Path) -> int | None:
     return None
 
 
+def status_of(workdir: Path) -> str:
+  """The word in `status.json`; '' where there is none."""
+  try:
+    return json.loads((workdir / "status.json").read_text("utf-8"))["status"]
+  except (OSError, ValueError, KeyError, TypeError):
+    return ""
+
+
 class Lock:
   """Keeps a second process out of a workdir; the system drops it at exit."""
 

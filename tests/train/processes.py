@@ -50,7 +50,7 @@ def start_job(
     count: processes.
     flat: see `fakes.experiment_of`.
     devices: of each process.
-    only: index of a process -> its further options.
+    only: index of a process -> its further options; `flat` changes its config.
   """
   fakes.experiment_of(folder)
   with socket.socket() as probe:
@@ -59,11 +59,13 @@ def start_job(
   job = []
   for index in range(count):
     log = workdir.parent / f"{workdir.name}_{index}.txt"
+    options = dict((only or {}).get(index, {}))
+    own = {**flat, **options.pop("flat", {})}
     job.append(
       _CONTEXT.Process(
         target=fakes.run_process,
-        args=(folder, workdir, flat, index, count, address, devices, log),
-        kwargs=(only or {}).get(index, {}),
+        args=(folder, workdir, own, index, count, address, devices, log),
+        kwargs=options,
       )
     )
     job[-1].start()
