@@ -87,7 +87,7 @@ def train_image(recipe: Recipe, values: dict) -> None:
   notes = {
     "sources": recipes.fingerprints(recipe),
     "training": to_mapping(recipe.image_train),
-    "licence": recipe.licence,
+    "licence": recipes.licence(recipe),
   }
   tokenizer = train(np.stack(pictures), recipe.image, recipe.image_train, notes)
   report = {group: measure(tokenizer, ps) for group, ps in groups.items()}
@@ -102,7 +102,8 @@ def report(recipe: Recipe, values: dict) -> None:
   _publish(_measure_text(text, recipes.gather_texts(recipe)), None, text.hash)
   groups = recipes.gather_pictures(recipe)
   measured = {group: measure(image, ps) for group, ps in groups.items()}
-  _publish(measured, None, image.hash)
+  if measured:  # sources of text alone have no pictures to measure
+    _publish(measured, None, image.hash)
 
 
 VERBS = {

@@ -10,9 +10,22 @@ from rich import progress
 from fusionlab.config import option
 from fusionlab.data.config import SourceConfig
 from fusionlab.data.sources import Example, load_source
+from fusionlab.data.sources.pictures import square
 from fusionlab.errors import ConfigError, UserError
 from fusionlab.tokenizers.autoencoder import ImageConfig
 from fusionlab.tokenizers.image_training import ImageTrainConfig
+
+# Styles that keys end with, as in openmoji's "1F34E/line". Anything else behind
+# a "/" is the name of a file in a folder, or a record's number.
+_STYLES = ("color", "line")
+
+_OPENMOJI = (
+  "CC BY-SA 4.0. Learned from OpenMoji pictures: all emojis designed by"
+  " OpenMoji, the open-source emoji and icon project (openmoji.org), CC BY-SA"
+  " 4.0."
+)
+# Terms of the pictures of a kind of source; flags are drawn from OpenMoji too.
+_LICENCES = {"openmoji": _OPENMOJI, "flags": _OPENMOJI}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +50,9 @@ class Recipe:
     ImageTrainConfig, "training of the picture tokenizer"
   )
   licence: str = option(
-    "", "terms and attribution of the pictures; kept in the tokenizer's file"
+    "",
+    "terms and attribution of your own pictures; kept in the tokenizer's file,"
+    " where those of openmoji and flags are added",
   )
 
   def check(self, path: str) -> None:
@@ -68,10 +83,11 @@ def gather_pictures(
 ) -> dict[str, UInt8[np.ndarray, "N S S 3"]]:
   """Returns the pictures of all sources, "source/split/style" -> array.
 
-  The style is what follows the last "/" of an example's key, if anything.
+  Each is the middle square at `recipe.image.image_size`, as data preparation
+  encodes it. The style is left out where a source has none.
 
   Raises:
-    UserError: a picture of another size than `recipe.image.image_size`.
+    UserError: a picture that is not uint8 [H, W, 3].
   """
   size = recipe.image.image_size
   groups: dict[str, list[np.ndarray]] = {}
@@ -79,15 +95,16 @@ def gather_pictures(
     for part in example.parts:
       if part.modality == "image":
         image = np.asarray(part.alternatives[0])
-        if image.shape != (size, size, 3) or image.dtype != np.uint8:
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
           raise UserError(
             f"source {name!r}: picture {example.key!r} is"
-            f" {image.dtype}{list(image.shape)}, config.image.image_size needs"
-            f" uint8[{size}, {size}, 3]; set image_size to the pictures' size"
+            f" {image.dtype}{list(image.shape)}; a source gives uint8[H, W, 3]"
           )
-        style = example.key.rpartition("/")[2] if "/" in example.key else ""
-        group = "/".join(filter(None, (name, example.split, style)))
-        groups.setdefault(group, []).append(image)
+        group = f"{name}/{example.split}"
+        for style in _STYLES:
+          if example.key.endswith(f"/{style}"):
+            group += f"/{style}"
+        groups.setdefault(group, []).append(square(image, size))
   return {group: np.stack(images) for group, images in groups.items()}
 
 
@@ -102,6 +119,17 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
     name: load_source(name, source).fingerprint()
     for name, source in recipe.sources.items()
   }
+
+
+def licence(recipe: Recipe) -> str:
+  """Returns the terms of all pictures: the recipe's, then its sources' own.
+
+  A tokenizer is under the terms of what it learned from, so those of OpenMoji
+  stand in the file of every recipe with its pictures, and in no other.
+  """
+  kinds = [source.kind for source in recipe.sources.values()]
+  known = [_LICENCES[kind] for kind in kinds if kind in _LICENCES]
+  return " ".join(filter(None, dict.fromkeys([recipe.licence, *known])))
 
 
 def _examples(recipe: Recipe, what: str) -> Iterator[tuple[str, Example]]:

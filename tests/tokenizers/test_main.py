@@ -4,11 +4,17 @@ import json
 import os
 import textwrap
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from configs import vq_openmoji
+from fusionlab.config import from_mapping
+from fusionlab.data.sources.pictures import square
 from fusionlab.errors import UserError
 from fusionlab.tokenizers import ImageTokenizer, TextTokenizer, storage
 from fusionlab.tokenizers.__main__ import main
+from fusionlab.tokenizers.recipe import Recipe, gather_pictures, licence
 
 SOURCE = """
 import numpy as np
@@ -65,6 +71,13 @@ def folder(tmp_path, monkeypatch):
 
 def run(folder, *arguments):
   return main(["tokenizers", f"--config={folder}/config.py", *arguments])
+
+
+def recipe_of(sources: dict, **settings) -> Recipe:
+  """A recipe for pictures of 16 x 16."""
+  image = {"image_size": 16, "patch": 4}
+  mapping = {"sources": sources, "image": image, **settings}
+  return from_mapping(Recipe, mapping)
 
 
 def test_train_text_writes_the_file_and_its_report(folder, capsys):
@@ -154,12 +167,56 @@ def test_an_unknown_config_names_the_nearest(folder, capsys):
   assert "config.py'" in capsys.readouterr().err
 
 
-def test_pictures_of_another_size_are_refused_by_name(folder, capsys):
-  flags = ("train-image", f"--output={folder}/out")
-  assert run(folder, *flags, "--config.sources.squares.path=32") == 2
+def test_pictures_are_squared_as_preparation_does(tmp_path):
+  """Any size is taken, and the same function cuts and resizes as in `data`."""
+  pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 70, 3), np.uint8)
+  for folder, image in zip(("a", "b/c"), pixels, strict=True):
+    (tmp_path / folder).mkdir(parents=True)
+    # One name in both: what follows the "/" is no style, and no picture is lost.
+    Image.fromarray(image).save(tmp_path / folder / "cat.png")
+    (tmp_path / folder / "cat.txt").write_text("a cat")
+  source = {"kind": "image_folder", "path": str(tmp_path), "heldout": 0.0}
+  found = gather_pictures(recipe_of({"mine": source}))
+  assert list(found) == ["mine/train"]
+  assert (found["mine/train"] == [square(image, 16) for image in pixels]).all()
+
+
+def test_a_source_that_gives_no_picture_is_named(folder, capsys):
+  changed = textwrap.dedent(SOURCE).replace("np.uint8", "np.float32")
+  (folder / "floats.py").write_text(changed)
+  kind = "--config.sources.squares.kind=floats:Squares"
+  assert run(folder, "train-image", f"--output={folder}/out", kind) == 2
   said = capsys.readouterr().err
-  assert "source 'squares': picture '0/line' is uint8[32, 32, 3]" in said
+  assert "source 'squares': picture '0/line' is float32[16, 16, 3]" in said
   assert not list((folder / "out").iterdir())
+
+
+def test_text_alone_has_a_report_without_pictures(tmp_path, capsys):
+  (tmp_path / "texts.jsonl").write_text('{"text": "words and words"}\n')
+  (tmp_path / "config.py").write_text(textwrap.dedent(CONFIG))
+  kind = "--config.sources.squares.kind=jsonl"
+  path = f"--config.sources.squares.path={tmp_path}/texts.jsonl"
+  assert run(tmp_path, "report", kind, path) == 0
+  said = capsys.readouterr().out
+  assert "bytes_per_token" in said and "perplexity" not in said
+
+
+@pytest.mark.parametrize("kinds", ["openmoji flags", "flags factbook"])
+def test_the_licence_of_openmoji_comes_with_its_pictures(kinds):
+  packaged = ImageTokenizer.load().notes["licence"]
+  sources = {kind: {"kind": kind} for kind in kinds.split()}
+  assert licence(recipe_of(sources)) == packaged
+  assert licence(recipe_of(sources, licence="mine.")) == f"mine. {packaged}"
+
+
+def test_own_pictures_are_under_their_own_terms():
+  """A copy of the shipped config, its sources replaced, says nothing of them."""
+  mapping = vq_openmoji.get_config().to_dict()
+  assert "OpenMoji" in licence(from_mapping(Recipe, mapping))
+  mapping["sources"] = {"mine": {"kind": "image_folder", "path": "pictures"}}
+  assert licence(from_mapping(Recipe, mapping)) == ""
+  mapping["licence"] = "CC0"
+  assert licence(from_mapping(Recipe, mapping)) == "CC0"
 
 
 def test_debug_shows_the_traceback(folder):
