@@ -2,6 +2,8 @@ r"""The command line.
 
   python -m experiments.run --config=configs/mot_chameleon.py
   python -m experiments.run --config=configs/mot_chameleon.py:7b --mode=summary
+  python -m experiments.run --config=configs/mot_chameleon.py:7b \
+      --config.mesh.preset=tpu_v5e_256 --mode=compile
   python -m experiments.run --workdir=runs/mot_chameleon --mode=evaluate
   python -m experiments.run --workdir=runs/mot_chameleon --mode=generate \
       --prompt='red apple' --make=image --num_samples=4
@@ -9,7 +11,9 @@ r"""The command line.
 Modes: `train` (the default; the same workdir again resumes), `evaluate` (scores
 the newest checkpoint of a workdir on the held-out data), `generate` (texts and
 pictures from it), `summary` (parameters, FLOPs and bytes per device; allocates
-nothing). A mistake is one line on stderr and exit code 2; `--debug` shows the
+nothing), `compile` (compiles the steps for the devices of `--config.mesh.preset`,
+which need not be there: memory, traffic, time; exit code 1 where they do not fit).
+A mistake is one line on stderr and exit code 2; `--debug` shows the
 traceback. Under SLURM, on a TPU pod and wherever else jax finds several processes
 the same command is run by each. The logic lives in the library.
 """
@@ -19,15 +23,20 @@ import os
 # XLA's C++ log writes to stderr over the progress bar; it reads this at import.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import app, flags, logging
 
 from experiments import command_line, generation_flags
 from experiments.command_line import Options, define_flags, parse
 from fusionlab.errors import UserError
+
+if TYPE_CHECKING:
+  from fusionlab.experiment import Experiment
 
 _OF_SEVERAL = ("train", "evaluate", "generate")  # modes that join a job
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -96,6 +105,8 @@ def _run(options: Options) -> int:
 
     print(summary.render(options.experiment))
     return 0
+  if options.mode == "compile":
+    return _compile(options.experiment, as_json=options.json)
   from fusionlab.train import loop
   from fusionlab.train.workdir import finished_at
 
@@ -111,6 +122,27 @@ def _run(options: Options) -> int:
     if from_first(lambda: evaluate.evaluated_at(options.workdir)) != step:
       return _evaluate(options) or code
   return _report(options.workdir) or code
+
+
+def _compile(experiment: "Experiment", *, as_json: bool) -> int:
+  """Prints what the steps need; 1 where one does not fit."""
+  import jax
+
+  from fusionlab.analysis import compiled
+  from fusionlab.sharding.mesh import PRESETS
+  from fusionlab.train import ahead_of_time
+
+  if experiment.mesh.preset in PRESETS:
+    # This host compiles and runs nothing: its own accelerators stay free.
+    jax.config.update("jax_platforms", "cpu")
+  reports = []
+  for report in ahead_of_time.compile_steps(experiment):
+    reports.append(report)
+    if not as_json:
+      print(compiled.render(report), flush=True)
+  if as_json:
+    print(json.dumps([report.to_json() for report in reports], indent=1))
+  return int(any(report.memory.fits is False for report in reports))
 
 
 def _evaluate(options: Options) -> int:
