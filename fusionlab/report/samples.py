@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fusionlab.report import formatting
+from fusionlab.report import exposure, formatting
 from fusionlab.report.pictures import data_uri
 from fusionlab.report.records import Run, not_of_format
 from fusionlab.report.scores import Score, Scores, split_name, split_note
@@ -49,7 +49,8 @@ class Grid:
   """The captions of one split.
 
   Attributes:
-    split, name, note: see `fusionlab.report.scores`.
+    split, name, note: see `fusionlab.report.scores`; the note of the training
+      split says what is known of this run.
     retrieval: (what, score) of own-picture retrieval by evaluation.json.
     shown_retrieval: a sentence on the samples shown, by their own ranks.
     drawn: the rows.
@@ -106,7 +107,7 @@ def samples_of(run: Run, scores: Scores | None) -> Samples | None:
   """Reads samples.json and its pictures; None where the run has none.
 
   Args:
-    run: its `samples` and folder.
+    run: its `samples` and folder, and what it tells of its passes.
     scores: where own-picture retrieval stands.
 
   Raises:
@@ -116,23 +117,33 @@ def samples_of(run: Run, scores: Scores | None) -> Samples | None:
     return None
   folder = run.folder / "samples"
   try:
-    return _samples(run.samples, folder, scores)
+    return _samples(run, run.samples, folder, scores)
   except (KeyError, TypeError, ValueError, AttributeError) as error:
     raise not_of_format(folder / "samples.json", error) from error
 
 
 def _samples(
-  content: Mapping[str, Any], folder: Path, scores: Scores | None
+  run: Run, content: Mapping[str, Any], folder: Path, scores: Scores | None
 ) -> Samples:
   step, bank = content.get("step"), content.get("bank")
+  step = None if step is None else int(step)
   bank = None if bank is None else int(bank)
   settings = content.get("settings") or {}
   return Samples(
-    step=None if step is None else int(step),
+    step=step,
     settings=[(k.replace("_", " "), str(v)) for k, v in settings.items()],
     bank=bank,
     grids=[
-      _grid(split, entries, folder, scores, bank)
+      _grid(
+        split,
+        exposure.train_note(run, step)
+        if split == "train"
+        else split_note(split),
+        entries,
+        folder,
+        scores,
+        bank,
+      )
       for split, entries in _train_first(content.get("grids"))
       if entries
     ],
@@ -159,6 +170,7 @@ def _train_first(section: Any) -> list[tuple[str, Any]]:
 
 def _grid(
   split: str,
+  note: str,
   entries: list[Mapping[str, Any]],
   folder: Path,
   scores: Scores | None,
@@ -174,7 +186,7 @@ def _grid(
   return Grid(
     split,
     split_name(split),
-    split_note(split),
+    note,
     retrieval,
     _of_those_shown(ranks, bank),
     drawn,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from fusionlab.report import formatting
+from fusionlab.report import exposure, formatting
 from fusionlab.report.records import Run, not_of_format
 
 POOLED = "all"
@@ -34,10 +34,9 @@ _FRACTIONS = ("accuracy", "code_agreement", "top1", "top5", "top20")
 
 _SPLITS = {
   POOLED: ("all held out", ""),
-  "train": (
-    "Training captions",
-    "Trained on many times: what is drawn here is memory.",
-  ),
+  "train": ("Training captions", exposure.NOT_KNOWN),
+  # Of a user's sources, with pictures or without.
+  "heldout": ("Held-out examples", "Never trained on."),
   "heldout_style": (
     "Held-out (picture, style) pairs",
     "Each picture was trained on in its other style only.",

@@ -9,7 +9,7 @@ import pytest
 
 from fusionlab import report
 from fusionlab.errors import UserError
-from fusionlab.report import curves, panels
+from fusionlab.report import curves, exposure, panels, records
 from fusionlab.train.workdir import write_status
 from fusionlab.train.writers import Writers
 from tests.report import fakes
@@ -165,6 +165,80 @@ def test_sections_of_samples_may_be_absent(run, section, content):
   path.write_text(json.dumps(samples))
   said = text(run)
   assert ("has no grids" in said) == (section == "grids")
+
+
+@pytest.mark.parametrize(
+  ("epochs", "weights", "said"),
+  [
+    # The newest row that is not after the samples counts.
+    ({20: 1.0, 38: 3.0, 50: 9.0}, {"openmoji": 2.0}, "at least 6 times each"),
+    ({40: 1.0}, {"openmoji": 8.0, "flags": 1.5}, "at least once each"),
+    # What has no pictures, and what is not read, does not count.
+    ({40: 1.0}, {"openmoji": 2.0, "factbook": 0.3, "flags": 0.0}, "2 times"),
+    ({40: 0.0}, {"openmoji": 1.0}, "seen at most once each"),
+    ({40: 0.0}, {"openmoji": 40.0}, exposure.NOT_KNOWN),
+    ({40: 1.0}, {"openmoji": 0.4}, "seen at most once each"),
+    ({40: 2.0}, {"openmoji": 0.4}, exposure.NOT_KNOWN),
+    ({40: 2.0}, {"factbook": 1.0}, exposure.NOT_KNOWN),
+    ({50: 2.0}, {"openmoji": 1.0}, exposure.NOT_KNOWN),
+    ({}, {"openmoji": 40.0}, exposure.NOT_KNOWN),
+  ],
+)
+def test_how_often_training_pictures_were_seen(run, epochs, weights, said):
+  """The note of the training grid claims what the files bound, no more."""
+  config = json.loads((run / "config.json").read_text())
+  one = config["data"]["sources"]["openmoji"]
+  config["data"]["sources"] = {
+    kind: one | {"kind": kind, "weight": weight}
+    for kind, weight in weights.items()
+  }
+  (run / "config.json").write_text(json.dumps(config))
+  for step, epoch in epochs.items():
+    Writers("csv", run).write(step, {"data/epoch": epoch})
+  assert said in exposure.train_note(records.read_run(run), 40)
+
+
+def test_the_training_grid_says_how_often_it_was_seen(run):
+  assert exposure.NOT_KNOWN in text(run)
+  Writers("csv", run).write(38, {"data/epoch": 3.0})
+  assert "Trained on at least 6 times each" in text(run)
+  (run / "config.json").write_text("{}")
+  assert exposure.NOT_KNOWN in text(run)
+
+
+def test_styles_are_spoken_of_where_there_are_some(run):
+  said = text(run)
+  assert "(picture, style) pairs are known in another style only" in said
+  path = run / "samples" / "samples.json"
+  samples = json.loads(path.read_text())
+  grids = samples["grids"]
+  likely = samples["likelihood"]["heldout_picture"]
+  samples["grids"] = {"train": grids["train"], "heldout": grids["train"]}
+  samples["likelihood"] = {"train": likely, "heldout": likely}
+  path.write_text(json.dumps(samples))
+  (run / "evaluation.json").unlink()
+  for name in ("metrics.csv", "metrics.jsonl"):
+    (run / name).unlink()
+  Writers("csv", run).write(40, {"eval/heldout/loss": 2.0, "eval/loss": 2.0})
+  said = text(run)
+  assert "(picture, style)" not in said and "other style" not in said
+  assert (
+    "the training set, a test of memory. The honest question is what" in said
+  )
+  assert "held out and never seen. In each row" in said
+  assert "Held-out examples Never trained on. Of the 6 samples" in said
+  assert "metric all held out Held-out examples" in said
+  assert "Most and least likely pictures Of those scored" in said
+
+
+def test_without_held_out_pictures_nothing_is_said_of_them(run):
+  path = run / "samples" / "samples.json"
+  samples = json.loads(path.read_text())
+  samples["grids"] = {"train": samples["grids"]["train"]}
+  path.write_text(json.dumps(samples))
+  said = text(run)
+  assert "a test of memory. In each row" in said
+  assert "honest question" not in said
 
 
 def test_a_broken_picture_or_one_outside_is_missing(run):
