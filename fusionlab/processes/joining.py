@@ -6,6 +6,8 @@ it is one (a single SLURM task with eight GPUs would lose seven) is kept from it
 """
 
 import os
+import sys
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,11 +38,11 @@ def join(
     preemptible: SIGTERM is left to jax, which makes all processes see it at the
       same step (`multihost_utils.reached_preemption_sync_point`); otherwise it
       ends the process.
-    start_timeout: seconds to wait for the others to come.
+    start_timeout: seconds after which this process ends where others did not
+      come.
 
   Raises:
-    UserError: variables that are half given or wrong, or processes that did not
-      come.
+    UserError: variables that are half given or wrong.
   """
   if jax.distributed.is_initialized():
     return
@@ -48,10 +50,14 @@ def join(
   if arguments is None:
     return
   jax.config.update("jax_enable_preemption_service", preemptible)
+  # jax itself would abort from C++.
+  waiting = threading.Timer(start_timeout, _alone, (start_timeout,))
+  waiting.daemon = True
+  waiting.start()
   try:
     jax.distributed.initialize(
       **arguments,
-      initialization_timeout=start_timeout,
+      initialization_timeout=start_timeout + 60,
       # Ours comes first and says more; this is the net below it.
       heartbeat_timeout_seconds=round(2 * peer_timeout + 10),
     )
@@ -64,14 +70,19 @@ def join(
         f" coordinator; set {ADDRESS}=host:port, {COUNT} and {INDEX}"
       ) from error
     return  # jax asked the TPU's host and it is alone
-  except jax.errors.JaxRuntimeError as error:
-    if "DEADLINE_EXCEEDED" not in str(error):
-      raise
-    raise UserError(
-      f"not all processes came within {start_timeout} s:"
-      f" {' '.join(str(error).split())[:300]}"
-    ) from error
+  finally:
+    waiting.cancel()
   peers.watch(peer_timeout)
+
+
+def _alone(seconds: int) -> None:
+  print(
+    f"error: the other processes of this job did not come within {seconds} s;"
+    f" all must be started, with one address of process 0 that they can reach",
+    file=sys.stderr,
+    flush=True,
+  )
+  os._exit(peers.LOST)
 
 
 def arguments_of(environ: Mapping[str, str]) -> dict[str, Any] | None:

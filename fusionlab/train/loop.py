@@ -77,7 +77,7 @@ def _train(experiment: Experiment, folder: Path, started: float) -> int:
   status = _Status(folder, writes, step=max(steps, default=0))
   processes.on_end(status.lost)
   try:
-    with Signals() as signals:
+    with Signals() as signals, workdirs.seen_by_all(folder):
       status.write("running")
       run = _Run(joined or experiment, folder, started, signals, status)
       run.run(finished_at)

@@ -1,13 +1,17 @@
 """The folder of a run: whose it is, what may change on resume, its status."""
 
+import contextlib
 import dataclasses
 import datetime
 import fcntl
 import json
-from collections.abc import Mapping
+import time
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fusionlab import processes
 from fusionlab.config import flatten, to_mapping
 from fusionlab.errors import ConfigError, UserError
 from fusionlab.experiment import Experiment
@@ -35,6 +39,8 @@ CHANGEABLE = frozenset(
     "data.image_tokenizer",
   }
 )
+# Network file systems show a new file on other hosts after some seconds.
+_SEEN_WITHIN_S = 20.0
 _CHANGEABLE_SECTIONS = ("mesh.", "evaluate.")
 
 
@@ -234,6 +240,41 @@ def status_of(workdir: Path) -> str:
     return json.loads((workdir / "status.json").read_text("utf-8"))["status"]
   except (OSError, ValueError, KeyError, TypeError):
     return ""
+
+
+@contextlib.contextmanager
+def seen_by_all(workdir: Path) -> Iterator[None]:
+  """Refuses a workdir that is another folder on another process's host.
+
+  Args:
+    workdir: exists on process 0.
+
+  Raises:
+    UserError: on a process that does not see what process 0 puts there.
+  """
+  if not processes.name():
+    yield
+    return
+  # A fresh name, which no file system has cached as missing.
+  mark = workdir / processes.from_first(lambda: f".job-{uuid.uuid4().hex}.tmp")
+  try:
+    if processes.is_first():
+      for old in workdir.glob(".job-*.tmp"):  # of starts that were killed
+        old.unlink(missing_ok=True)
+      mark.touch()
+    processes.from_first(lambda: None)
+    until = time.monotonic() + _SEEN_WITHIN_S
+    while not mark.exists():
+      if time.monotonic() > until:
+        raise UserError(
+          f"--workdir {workdir} is another folder here than on process 0;"
+          f" several processes need one that all of them see"
+        )
+      time.sleep(0.5)
+    yield
+  finally:
+    if processes.is_first():
+      mark.unlink(missing_ok=True)
 
 
 class Lock:

@@ -192,6 +192,14 @@ def test_of_two_at_a_time_the_first_to_finish_is_used(tmp_path):
   ]
 
 
+def test_a_process_with_a_cache_of_its_own_prepares_itself(
+  tmp_path, monkeypatch
+):
+  # On another host than process 0, whose preparation it does not see.
+  monkeypatch.setattr(preparation, "from_first", lambda make: None)
+  assert len(_prepare(tmp_path).records("train")) == 91
+
+
 class _Examples(fakes.FakeSource):
   given: tuple[Example, ...] = ()
 

@@ -7,7 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
+from fusionlab.errors import UserError
 from fusionlab.train import checkpoint
+from fusionlab.train import workdir as workdirs
 from tests.train import fakes, processes
 
 STEPS = 20
@@ -202,3 +204,15 @@ def test_what_one_process_misses_ends_all(job, alone):
   workdir, codes = job("differing", 2, only=other)
   assert codes == [1, 2]
   assert "config.train.seed is 3 here and 0 there" in log(workdir, 1)
+
+
+def test_a_workdir_that_is_not_shared_is_refused(tmp_path, monkeypatch):
+  """Orbax would wait for ever for files that other processes do not see."""
+  monkeypatch.setattr(workdirs, "_SEEN_WITHIN_S", 0.0)
+  monkeypatch.setattr(workdirs.processes, "name", lambda: "process 1 of 2")
+  monkeypatch.setattr(workdirs.processes, "is_first", lambda: False)
+  with (
+    pytest.raises(UserError, match="is another folder here"),
+    workdirs.seen_by_all(tmp_path),
+  ):
+    raise AssertionError("nothing may be trained here")
