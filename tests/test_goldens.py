@@ -57,7 +57,7 @@ def describe_config(name: str, size: str) -> str:
 def describe_parameters(experiment: Experiment, size: str) -> str:
   """One line per parameter: path, shape, dtype, axes; tiny adds mean and std."""
   model = model_of(experiment)
-  shapes = jax.eval_shape(model.init_params, jax.random.key(0))
+  shapes = model.abstract_params()
   axes = axes_by_path(model.param_axes())
   measured = {}
   if size.startswith("tiny"):
@@ -80,7 +80,7 @@ def describe_parameters(experiment: Experiment, size: str) -> str:
 
 def describe_decay(experiment: Experiment) -> str:
   model = model_of(experiment)
-  shapes = jax.eval_shape(model.init_params, jax.random.key(0))
+  shapes = model.abstract_params()
   mask = decay_mask(experiment.optimizer, shapes)
   rate = experiment.optimizer.weight_decay
   return "".join(

@@ -30,11 +30,6 @@ class ParameterCount:
   per_tower: dict[str, int]
 
 
-def abstract_params(model: Any) -> Any:
-  """The parameter tree as `jax.ShapeDtypeStruct`; nothing is allocated."""
-  return jax.eval_shape(model.init_params, jax.random.key(0))
-
-
 def path_name(path: Any) -> str:
   """A tree path as 'layers/ffn/image/w_in'."""
   return "/".join(str(getattr(p, "key", getattr(p, "name", p))) for p in path)
@@ -51,7 +46,7 @@ def count(config: TransformerConfig, vocab_size: int) -> ParameterCount:
 
   sizes = (vocab_size,) + (0,) * (len(config.modalities) - 1)
   model = MODELS.load(config.kind)(config, Vocabulary(config.modalities, sizes))
-  leaves = jax.tree.leaves_with_path(abstract_params(model))
+  leaves = jax.tree.leaves_with_path(model.abstract_params())
   towers = config.routed_towers
   per_tower = dict.fromkeys((SHARED, *towers.names), 0)
   embedding = norms = 0

@@ -321,12 +321,11 @@ class Transformer(nn.Module):
 
   def param_axes(self) -> dict[str, Any]:
     """The parameter tree with the tuple of axis names of each leaf."""
-    boxed = jax.eval_shape(self._init, jax.random.key(0))
-    return jax.tree.map(
-      lambda leaf: tuple(leaf.names),
-      boxed,
-      is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
-    )
+    return _boxed(lambda leaf: tuple(leaf.names), self)
+
+  def abstract_params(self) -> dict[str, Any]:
+    """The parameter tree as `jax.ShapeDtypeStruct`; nothing is allocated."""
+    return _boxed(lambda leaf: leaf.value, self)
 
   def _init(self, key: jax.Array) -> Any:
     # Parameters do not depend on a kernel, which may be another machine's.
@@ -349,6 +348,21 @@ class Transformer(nn.Module):
       )
     weight = jnp.zeros(ids.shape, jnp.float32)
     return Batch(ids, ids, ids, ids, ids, ids, ids, weight, layout)
+
+
+@functools.cache
+def _described(model: Any) -> Any:
+  # Models are equal by value. Tracing the initialisation takes longer than all
+  # else that a start does before it compiles, so it is done once.
+  return jax.eval_shape(model._init, jax.random.key(0))
+
+
+def _boxed(f: Callable[[Any], Any], model: Transformer) -> dict[str, Any]:
+  """Maps the described parameters, each with its axes' names."""
+  described: Any = _described
+  return jax.tree.map(
+    f, described(model), is_leaf=lambda x: isinstance(x, nn.Partitioned)
+  )
 
 
 def build_model(

@@ -168,8 +168,7 @@ def setup_without_data(
   tokenizers = load_tokenizers(config.text_tokenizer, config.image_tokenizer)
   vocabulary = tokenizers.vocabulary
   model = build_model(model_config, vocabulary, config.row_length)
-  shapes = jax.eval_shape(model.init_params, jax.random.key(0))
-  rules.check_params(model.param_axes(), shapes, mesh)
+  rules.check_params(model.param_axes(), model.abstract_params(), mesh)
   parts = rules.sequence_shards(mesh)
   modalities = len(vocabulary.modalities)
   counts = layout_counts(
@@ -242,7 +241,7 @@ def lower_generation_step(
   config = setup.experiment.model
   length = setup.experiment.data.row_length
   rows = rows_per_shard * rules.data_shards(mesh)
-  whole = jax.eval_shape(model.init_params, jax.random.key(0))
+  whole = model.abstract_params()
   with rules.in_mesh(mesh):
     params = jax.eval_shape(model.decoding_params, whole)
     cache = jax.eval_shape(functools.partial(model.init_cache, rows, length))

@@ -279,7 +279,7 @@ class _Growth:
           f" config.init.add_towers is for what it lacks"
         )
     used = set()
-    fresh = jax.eval_shape(self.model.init_params, jax.random.key(0))
+    fresh = self.model.abstract_params()
     axes = _leaves_of_axes(self.model.param_axes())
     for name, leaf in named_leaves(fresh).items():
       source = self._source(name, theirs)

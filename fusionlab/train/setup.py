@@ -133,7 +133,7 @@ def build_steps(setup: Setup) -> Steps:
     return params if partition is None else partition.split(params)[0]
 
   abstract = abstract_state(
-    model.init_params, optimizer, ema=keeps_ema, trained=trained
+    model.abstract_params(), optimizer, ema=keeps_ema, trained=trained
   )
   trained_shardings = rules.param_shardings(
     trained_axes, jax.eval_shape(trained, abstract.params), mesh
@@ -236,8 +236,7 @@ def build(
   model = build_model(
     experiment.model, tokenizers.vocabulary, experiment.data.row_length
   )
-  shapes = jax.eval_shape(model.init_params, jax.random.key(0))
-  rules.check_params(model.param_axes(), shapes, mesh)
+  rules.check_params(model.param_axes(), model.abstract_params(), mesh)
   index, count = process_share(mesh)
   opened = open_data(
     experiment,

@@ -86,7 +86,7 @@ def new_state(
 
 
 def abstract_state(
-  init_params: Callable[[jax.Array], PyTree],
+  params: PyTree,
   optimizer: optax.GradientTransformation,
   *,
   ema: bool = False,
@@ -95,15 +95,14 @@ def abstract_state(
   """Describes the state by shapes and dtypes, allocating nothing.
 
   Args:
-    init_params: key → tree of parameters.
+    params: tree of parameters, or of their shapes and dtypes.
     optimizer: the optax transformation.
     ema: whether a moving average of the parameters is kept.
     trained: what of the parameters the optimizer sees.
   """
   return jax.eval_shape(
-    lambda: new_state(
-      init_params(jax.random.key(0)), optimizer, ema=ema, trained=trained
-    )
+    lambda params: new_state(params, optimizer, ema=ema, trained=trained),
+    params,
   )
 
 

@@ -106,7 +106,7 @@ def test_the_moments_are_counted_as_the_optimizer_keeps_them(kind):
   optimizer = make_optimizer(
     config, make_schedule(config, 10), axes=model.param_axes()
   )
-  state = jax.eval_shape(optimizer.init, parameters.abstract_params(model))
+  state = jax.eval_shape(optimizer.init, model.abstract_params())
   held = sum(4 * x.size for x in jax.tree.leaves(state) if x.size > 16)
   counts = parameters.count(experiment.model, 4096)
   whole = dict.fromkeys(AXES, 1)

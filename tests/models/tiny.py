@@ -44,7 +44,7 @@ def make(k=2, *, ids=None, spread=0.2, **changes):
     "compute_dtype": "float32",
   } | changes
   model = build_model(MixtureOfTransformersConfig(**settings), ids)
-  shapes = parameters.abstract_params(model)
+  shapes = model.abstract_params()
   rng = np.random.default_rng(1)
   params = jax.tree.map_with_path(
     lambda path, leaf: jnp.asarray(

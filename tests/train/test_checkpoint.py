@@ -68,7 +68,9 @@ class Run:
     return state.replace(step=jnp.int32(step))
 
   def abstract(self) -> TrainState:
-    return abstract_state(self.model.init_params, self.optimizer, ema=self.ema)
+    return abstract_state(
+      self.model.abstract_params(), self.optimizer, ema=self.ema
+    )
 
   def save(self, folder, steps, keep=10):
     saver = checkpoint.Checkpoints(

@@ -198,7 +198,7 @@ def test_muon_leaves_tables_and_norms_to_adam():
 def test_moments_lie_where_their_parameters_do(config):
   """Every array of a parameter's shape has its sharding, counters are whole."""
   optimizer = make_optimizer(config, make_schedule(config, 100), axes=AXES)
-  abstract = abstract_state(lambda key: drawn(0), optimizer)
+  abstract = abstract_state(drawn(0), optimizer)
   mesh = make_mesh(MeshConfig(data=1, fsdp=8))
   one = rules.replicated(mesh)
   theirs = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None))

@@ -47,7 +47,7 @@ class Parts:
     self.shardings = None
     if mesh is not None:
       abstract = abstract_state(
-        self.model.init_params, self.optimizer, ema=self.ema
+        self.model.abstract_params(), self.optimizer, ema=self.ema
       )
       self.shardings = state_shardings(
         abstract,
