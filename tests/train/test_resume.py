@@ -60,7 +60,7 @@ def test_killed_at_random_moments(uninterrupted):
   kills = 0
   for _ in range(5):
     before = len(rows(workdir)) if (workdir / "metrics.csv").exists() else 0
-    process = processes.start(folder, workdir, FLAT, delay=0.02)
+    process = processes.start(folder, workdir, FLAT, delay=0.06)
     # Rows past the last checkpoint are cut and come again, hence the slack.
     processes.wait_for_rows(workdir, max(before - 3, 0), process)
     time.sleep(moments.uniform(0, 0.25))
