@@ -28,8 +28,8 @@ from rich.table import Table
 from experiments import command_line
 from experiments.benchmarks import timing
 from fusionlab.errors import UserError
-from fusionlab.evaluate.heldout import place_batch
 from fusionlab.experiment import Experiment
+from fusionlab.sharding.batches import place_batch
 from fusionlab.sharding.mesh import make_mesh
 from fusionlab.train import workdir as workdirs
 from fusionlab.train.setup import build, build_steps, default_group_rows

@@ -15,6 +15,7 @@ from fusionlab.analysis import hlo
 from fusionlab.analysis.collectives import mesh_axes
 from fusionlab.analysis.devices import Chip, chip_of
 from fusionlab.analysis.roofline import Roofline, estimate, places_of
+from fusionlab.errors import UserError
 
 # "Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm."
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.I)
@@ -126,6 +127,7 @@ def compile_report(
       for kernels that do not state them.
 
   Raises:
+    UserError: a compiler that does not show its programs.
     jax.errors.JaxRuntimeError: what the compiler refuses, but for a lack of
       memory, which is a verdict.
   """
@@ -144,7 +146,10 @@ def compile_report(
     if memory is None:
       raise
     return Report(**common, memory=memory)
-  program = hlo.analyse(compiled.as_text() or "")
+  text = compiled.as_text()
+  if text is None:
+    raise UserError(f"the {step} compiled, but its program cannot be read here")
+  program = hlo.analyse(text)
   flops, left = program.flops, Counter(program.uncounted)
   for name, runs in program.uncounted.items():
     for part, each in kernel_flops.items():

@@ -124,15 +124,10 @@ def open_data(
   )
   # Held-out and train differ in the group's shape in nothing, so that one
   # compiled step scores both.
-  towers = tuple(experiment.model.towers)
-  tower_names(modalities, towers)
-  routed = max(towers) > 0 and bool(experiment.model.untie.split())
-  rows = Rows(
-    row_length=config.row_length,
+  rows = rows_of(
+    experiment,
+    counts,
     group_rows=group_rows,
-    batch_rows=experiment.train.batch_size,
-    counts=counts,
-    towers=towers if routed else None,
     process_index=process_index,
     process_count=process_count,
     parts=parts,
@@ -182,6 +177,44 @@ def open_data(
     heldout=heldout,
     uncaptioned=uncaptioned,
     prepared=prepared,
+  )
+
+
+def rows_of(
+  experiment: Experiment,
+  counts: tuple[int, ...],
+  *,
+  group_rows: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  parts: int = 1,
+) -> Rows:
+  """The shape of a run's batches; without towers where nothing is untied.
+
+  Args:
+    experiment: its rows, batch and towers.
+    counts: places of each modality in a group.
+    group_rows: rows of a group.
+    process_index: this process's share of a batch.
+    process_count: shares that a batch is read in.
+    parts: context-parallel devices that share a row.
+
+  Raises:
+    UserError: towers that are not the modalities', or see `Rows`.
+  """
+  model = experiment.model
+  towers = tuple(model.towers)
+  tower_names(model.modalities, towers)
+  routed = max(towers) > 0 and bool(model.untie.split())
+  return Rows(
+    row_length=experiment.data.row_length,
+    group_rows=group_rows,
+    batch_rows=experiment.train.batch_size,
+    counts=counts,
+    towers=towers if routed else None,
+    process_index=process_index,
+    process_count=process_count,
+    parts=parts,
   )
 
 

@@ -21,6 +21,7 @@ from fusionlab.analysis.devices import chip
 from fusionlab.analysis.step_costs import report_by_formula
 from fusionlab.batch import Vocabulary
 from fusionlab.data.loader import Rows, abstract_batch
+from fusionlab.data.opening import rows_of
 from fusionlab.data.plan import layout_counts
 from fusionlab.experiment import Experiment
 from fusionlab.models import build_model
@@ -36,7 +37,6 @@ from fusionlab.sharding.mesh import (
 )
 from fusionlab.sharding.topologies import absent_devices, host_devices
 from fusionlab.tokenizers import load_tokenizers
-from fusionlab.towers import tower_names
 from fusionlab.train.setup import Setup, build_steps, default_group_rows
 from fusionlab.train.state import with_shardings
 from fusionlab.train.workdir import resolve
@@ -85,7 +85,9 @@ def compile_steps(experiment: Experiment) -> Iterator[Report]:
     mesh,
     tokens=tokens,
     model_flops=tokens * setup.train_flops_per_token,
-    kernel_flops=_attention_flops(setup, rows.batch_rows),
+    kernel_flops=_attention_flops(
+      setup, rows.batch_rows // experiment.train.accumulate
+    ),
   )
   shards = rules.data_shards(mesh)
   forward = experiment.model.forward_flops_per_token(
@@ -134,7 +136,7 @@ def _attention_flops(setup: Setup, rows: int) -> dict[str, float]:
 
   Args:
     setup: its model and mesh.
-    rows: of the whole batch.
+    rows: of a microbatch, over all devices.
   """
   config, mesh = setup.experiment.model, setup.mesh
   length = setup.experiment.data.row_length
@@ -164,10 +166,10 @@ def setup_without_data(
     UserError: a mesh that does not fit the batch, the layout or the model.
   """
   experiment = resolve(experiment, default_group_rows(experiment, mesh))
-  config, model_config = experiment.data, experiment.model
+  config = experiment.data
   tokenizers = load_tokenizers(config.text_tokenizer, config.image_tokenizer)
   vocabulary = tokenizers.vocabulary
-  model = build_model(model_config, vocabulary, config.row_length)
+  model = build_model(experiment.model, vocabulary, config.row_length)
   rules.check_params(model.param_axes(), model.abstract_params(), mesh)
   parts = rules.sequence_shards(mesh)
   modalities = len(vocabulary.modalities)
@@ -180,17 +182,7 @@ def setup_without_data(
     group_rows=config.group_rows,
     align=int(np.lcm(config.align, parts)),
   )
-  towers = tuple(model_config.towers)
-  tower_names(vocabulary.modalities, towers)
-  routed = max(towers) > 0 and bool(model_config.untie.split())
-  rows = Rows(
-    row_length=config.row_length,
-    group_rows=config.group_rows,
-    batch_rows=experiment.train.batch_size,
-    counts=counts,
-    towers=towers if routed else None,
-    parts=parts,
-  )
+  rows = rows_of(experiment, counts, group_rows=config.group_rows, parts=parts)
   token_bytes = np.zeros(vocabulary.size, np.int32)
   return (
     Setup(

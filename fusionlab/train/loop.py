@@ -20,8 +20,9 @@ from fusionlab.batch import Batch
 from fusionlab.config import flatten, to_mapping
 from fusionlab.data import cache_folder
 from fusionlab.errors import UserError
-from fusionlab.evaluate.heldout import Interrupted, evaluate, place_batch
+from fusionlab.evaluate.heldout import Interrupted, evaluate
 from fusionlab.experiment import Experiment
+from fusionlab.sharding.batches import place_batch
 from fusionlab.sharding.mesh import make_mesh
 from fusionlab.train import checkpoint as checkpoints
 from fusionlab.train import environment

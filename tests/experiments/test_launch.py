@@ -20,16 +20,9 @@ from tests.experiments.launching import (
   SLICE,
   SLURM,
   TPU_VM,
-  bash_with,
   check,
   write_status,
 )
-
-
-@pytest.fixture
-def bash(tmp_path):
-  """Runs bash with fake commands in front of PATH."""
-  return bash_with(tmp_path)
 
 
 @pytest.mark.parametrize("name", [SLURM, TPU_VM, GKE])

@@ -16,16 +16,9 @@ from tests.experiments.launching import (
   LAUNCH,
   OVERRIDE,
   RUN,
-  bash_with,
   check,
   write_status,
 )
-
-
-@pytest.fixture
-def bash(tmp_path):
-  """Runs bash with fake commands in front of PATH."""
-  return bash_with(tmp_path)
 
 
 def rendered(**changes: str) -> dict:

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fusionlab.evaluate.heldout import place_batch
 from fusionlab.models import build_model
 from fusionlab.objectives import build_objective
 from fusionlab.sharding import rules
+from fusionlab.sharding.batches import place_batch
 from fusionlab.sharding.mesh import MeshConfig, make_mesh
 from fusionlab.tokenizers import load_tokenizers
 from fusionlab.train.optimizer import make_optimizer, make_schedule
