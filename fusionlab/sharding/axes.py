@@ -11,6 +11,8 @@ FFN = "ffn"
 NORM = "norm"
 EXPERT = "expert"
 MEMORY_SLOT = "memory_slot"
+KERNEL = "kernel"
+CHANNELS = "channels"
 
 # Activations.
 ACT_BATCH = "act_batch"
@@ -20,6 +22,6 @@ ACT_EMBED = "act_embed"
 
 PARAMETER_AXES = (
   LAYERS, VOCAB, EMBED, HEADS, KV_HEADS, HEAD_DIM, FFN, NORM, EXPERT,
-  MEMORY_SLOT,
+  MEMORY_SLOT, KERNEL, CHANNELS,
 )  # fmt: skip
 ACTIVATION_AXES = (ACT_BATCH, ACT_GROUP, ACT_LENGTH, ACT_EMBED)

@@ -26,6 +26,8 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
   axes.NORM: None,
   axes.EXPERT: "expert",
   axes.MEMORY_SLOT: "expert",
+  axes.KERNEL: None,
+  axes.CHANNELS: None,
   axes.ACT_BATCH: BATCH,
   axes.ACT_GROUP: BATCH,
   axes.ACT_LENGTH: "sequence",

@@ -1,45 +1,94 @@
-"""The convolutional autoencoder around a codebook of picture codes (VQ-VAE).
+"""The convolutional autoencoder of both picture tokenizers.
 
 Pictures `[N, S, S, 3]` become a grid of latents `[N, S/2p, S/2p, D]` (patches of
-p pixels, residual blocks, space to depth, residual blocks), each latent the
-nearest of K code vectors, and codes become pictures by the mirror image.
-Vector quantisation: van den Oord et al. 2017, arXiv:1711.00937, §3.
+p pixels, residual blocks, space to depth, residual blocks), and latents become
+pictures by the mirror image. Between the two stands a codebook, each latent the
+nearest of K code vectors (VQ-VAE: van den Oord et al. 2017, arXiv:1711.00937,
+§3), or a normal distribution whose mean and log-variance the encoder gives
+(KL-VAE: Rombach et al. 2022, arXiv:2112.10752, §3.1 and appendix G).
 """
 
+import abc
 import dataclasses
 import functools
-from typing import cast
+from typing import TypeVar, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fusionlab.config import option
 from fusionlab.errors import ConfigError
 
+AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
+from fusionlab.nn.functional.patches import depth_to_space, space_to_depth
+
 
 @dataclasses.dataclass(frozen=True)
-class ImageConfig:
-  """Sizes of a picture tokenizer; they are stored in its file."""
+class AutoencoderConfig(abc.ABC):
+  """Sizes of the convolutions, which both picture tokenizers have."""
 
   image_size: int = option(64, "height and width in pixels", minimum=2)
+  fine_channels: int = option(64, "channels on the grid of patches", minimum=1)
+  coarse_channels: int = option(
+    96, "channels on the grid of latents", minimum=1
+  )
+  encoder_fine_blocks: int = option(1, "residual blocks on patches", minimum=0)
+  encoder_coarse_blocks: int = option(
+    2, "residual blocks on latents", minimum=0
+  )
+  decoder_coarse_blocks: int = option(
+    2, "residual blocks on latents", minimum=0
+  )
+  decoder_fine_blocks: int = option(2, "residual blocks on patches", minimum=0)
+
+  @property
+  @abc.abstractmethod
+  def pixels_per_patch(self) -> int:
+    """Pixels along a side of what the first convolution sees."""
+
+  @property
+  @abc.abstractmethod
+  def encoder_width(self) -> int:
+    """Channels that come out of the encoder."""
+
+  @property
+  @abc.abstractmethod
+  def decoder_width(self) -> int:
+    """Channels that go into the decoder."""
+
+  @property
+  def side(self) -> int:
+    """Latents along one side of a picture."""
+    return self.image_size // (2 * self.pixels_per_patch)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig(AutoencoderConfig):
+  """Sizes of a tokenizer of picture codes; they are stored in its file."""
+
   patch: int = option(
     4, "pixels of a patch's side; a code stands for twice that", minimum=1
   )
   codebook_size: int = option(512, "number of codes", minimum=2)
   code_dim: int = option(16, "width of a code vector", minimum=1)
-  fine_channels: int = option(64, "channels on the grid of patches", minimum=1)
-  coarse_channels: int = option(96, "channels on the grid of codes", minimum=1)
-  encoder_fine_blocks: int = option(1, "residual blocks on patches", minimum=0)
-  encoder_coarse_blocks: int = option(2, "residual blocks on codes", minimum=0)
-  decoder_coarse_blocks: int = option(2, "residual blocks on codes", minimum=0)
-  decoder_fine_blocks: int = option(2, "residual blocks on patches", minimum=0)
 
   @property
-  def codes_side(self) -> int:
-    """Codes along one side of a picture."""
-    return self.image_size // (2 * self.patch)
+  def pixels_per_patch(self) -> int:
+    """Pixels along a side of a patch; a code stands for twice that."""
+    return self.patch
+
+  @property
+  def encoder_width(self) -> int:
+    """Channels of what is compared with the codes."""
+    return self.code_dim
+
+  @property
+  def decoder_width(self) -> int:
+    """Channels of a code vector."""
+    return self.code_dim
 
   def check(self, path: str) -> None:
     """Raises ConfigError where codes do not tile the picture."""
@@ -51,13 +100,64 @@ class ImageConfig:
       )
 
 
+@dataclasses.dataclass(frozen=True)
+class LatentConfig(AutoencoderConfig):
+  """Sizes of a tokenizer of continuous latents; they are stored in its file."""
+
+  fine_channels: int = option(32, "channels on the grid of patches", minimum=1)
+  coarse_channels: int = option(
+    64, "channels on the grid of latents", minimum=1
+  )
+  downsampling: int = option(
+    4, "pixels along a side of a latent; an even number", minimum=2
+  )
+  channels: int = option(4, "channels of a latent", minimum=1)
+  patch: int = option(
+    2, "latents along a side of a position of the transformer", minimum=1
+  )
+
+  @property
+  def pixels_per_patch(self) -> int:
+    """Pixels along a side of what the first convolution sees."""
+    return self.downsampling // 2
+
+  @property
+  def encoder_width(self) -> int:
+    """Channels of a posterior: its mean, then its log-variance."""
+    return 2 * self.channels
+
+  @property
+  def decoder_width(self) -> int:
+    """Channels of a latent."""
+    return self.channels
+
+  def check(self, path: str) -> None:
+    """Raises ConfigError where latents or positions do not tile the picture."""
+    if self.downsampling % 2 or self.image_size % self.downsampling:
+      raise ConfigError(
+        f"{path}.downsampling={self.downsampling} must be even and divide"
+        f" {path}.image_size={self.image_size}"
+      )
+    if self.side % self.patch:
+      raise ConfigError(
+        f"{path}.patch={self.patch} does not divide the {self.side} latents"
+        f" along a side of a picture; allowed:"
+        f" {', '.join(map(str, self.patches))}"
+      )
+
+  @property
+  def patches(self) -> tuple[int, ...]:
+    """What `patch` may be: the divisors of `side`."""
+    return tuple(k for k in range(1, self.side + 1) if self.side % k == 0)
+
+
 def convolve(
   x: Float[Array, "N H W C"], kernel: Float[Array, "h w C D"]
 ) -> Float[Array, "N H W D"]:
   """Same-size 2D convolution in full float32 on every device.
 
-  Codes are stored once and compared for ever, so the reduced precision that
-  accelerators prefer for float32 products is not for here.
+  Codes and latents are stored once and compared for ever, so the reduced
+  precision that accelerators prefer for float32 products is not for here.
   """
   return jax.lax.conv_general_dilated(
     x,
@@ -67,27 +167,6 @@ def convolve(
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
     precision=jax.lax.Precision.HIGHEST,
   )
-
-
-def space_to_depth(
-  x: Float[Array, "N H W C"], side: int
-) -> Float[Array, "N h w D"]:
-  """Folds squares of `side` positions into channels."""
-  n, height, width, channels = x.shape
-  x = x.reshape(n, height // side, side, width // side, side, channels)
-  x = x.transpose(0, 1, 3, 2, 4, 5)
-  return x.reshape(n, height // side, width // side, side * side * channels)
-
-
-def depth_to_space(
-  x: Float[Array, "N h w D"], side: int
-) -> Float[Array, "N H W C"]:
-  """Inverse of `space_to_depth`."""
-  n, height, width, depth = x.shape
-  channels = depth // (side * side)
-  x = x.reshape(n, height, width, side, side, channels)
-  x = x.transpose(0, 1, 3, 2, 4, 5)
-  return x.reshape(n, height * side, width * side, channels)
 
 
 def nearest_code(
@@ -132,45 +211,47 @@ class ResidualBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-  """Pictures in 0..1 to latents, one per code of the grid."""
+  """Pictures in 0..1 to latents, or to the two halves of their posterior."""
 
-  config: ImageConfig
+  config: AutoencoderConfig
 
   @nn.compact
   def __call__(
     self, pixels: Float[Array, "N S S 3"]
   ) -> Float[Array, "N h w D"]:
     c = self.config
-    x = space_to_depth(pixels - 0.5, c.patch)
+    x = space_to_depth(pixels - 0.5, c.pixels_per_patch)
     x = Convolution(c.fine_channels, name="patches")(x)
     for i in range(c.encoder_fine_blocks):
       x = ResidualBlock(name=f"fine_{i}")(x)
     x = Convolution(c.coarse_channels, name="merge")(space_to_depth(x, 2))
     for i in range(c.encoder_coarse_blocks):
       x = ResidualBlock(name=f"coarse_{i}")(x)
-    return Convolution(c.code_dim, name="latents")(x)
+    return Convolution(c.encoder_width, name="latents")(x)
 
 
 class Decoder(nn.Module):
-  """Code vectors to pictures, about 0..1 (not clipped)."""
+  """Code vectors or latents to pictures, about 0..1 (not clipped)."""
 
-  config: ImageConfig
+  config: AutoencoderConfig
 
   @nn.compact
-  def __call__(self, codes: Float[Array, "N h w D"]) -> Float[Array, "N S S 3"]:
+  def __call__(
+    self, latents: Float[Array, "N h w D"]
+  ) -> Float[Array, "N S S 3"]:
     c = self.config
-    x = Convolution(c.coarse_channels, name="latents")(codes)
+    x = Convolution(c.coarse_channels, name="latents")(latents)
     for i in range(c.decoder_coarse_blocks):
       x = ResidualBlock(name=f"coarse_{i}")(x)
     x = depth_to_space(Convolution(4 * c.fine_channels, name="split")(x), 2)
     for i in range(c.decoder_fine_blocks):
       x = ResidualBlock(name=f"fine_{i}")(x)
-    x = Convolution(3 * c.patch**2, name="patches")(nn.relu(x))
-    return depth_to_space(x, c.patch) + 0.5
+    x = Convolution(3 * c.pixels_per_patch**2, name="patches")(nn.relu(x))
+    return depth_to_space(x, c.pixels_per_patch) + 0.5
 
 
 def latents_of(
-  config: ImageConfig, params: dict, pixels: Float[Array, "N S S 3"]
+  config: AutoencoderConfig, params: dict, pixels: Float[Array, "N S S 3"]
 ) -> Float[Array, "N h w D"]:
   """Applies the encoder of `init_params`' tree to pictures in 0..1."""
   latents = Encoder(config).apply({"params": params["encoder"]}, pixels)
@@ -178,25 +259,25 @@ def latents_of(
 
 
 def pixels_of(
-  config: ImageConfig, params: dict, vectors: Float[Array, "N h w D"]
+  config: AutoencoderConfig, params: dict, vectors: Float[Array, "N h w D"]
 ) -> Float[Array, "N S S 3"]:
-  """Applies the decoder of `init_params`' tree to code vectors."""
+  """Applies the decoder of `init_params`' tree to code vectors or latents."""
   pixels = Decoder(config).apply({"params": params["decoder"]}, vectors)
   return cast(Array, pixels)
 
 
-def init_params(config: ImageConfig, key: jax.Array) -> dict:
+def init_params(config: AutoencoderConfig, key: jax.Array) -> dict:
   """Returns {"encoder": ..., "decoder": ...}, nested dicts of float32."""
   return _init_params(config, key)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _init_params(config: ImageConfig, key: jax.Array) -> dict:
-  size, side = config.image_size, config.codes_side
+def _init_params(config: AutoencoderConfig, key: jax.Array) -> dict:
+  size, side = config.image_size, config.side
   pixels = jnp.zeros((1, size, size, 3))
-  codes = jnp.zeros((1, side, side, config.code_dim))
+  latents = jnp.zeros((1, side, side, config.decoder_width))
   encoder_key, decoder_key = jax.random.split(key)
   return {
     "encoder": Encoder(config).init(encoder_key, pixels)["params"],
-    "decoder": Decoder(config).init(decoder_key, codes)["params"],
+    "decoder": Decoder(config).init(decoder_key, latents)["params"],
   }
