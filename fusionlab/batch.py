@@ -9,11 +9,12 @@ padding are all two integer arrays and nobody builds an L×L mask.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import cast
 
 import flax.struct
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from fusionlab.errors import UserError
 from fusionlab.routing import Layout, make_layout
@@ -33,10 +34,16 @@ class Batch:
     k_start, k_end: the keys [k_start, k_end) of the row that a query sees;
       both 0 on padding.
     target: the next token's id; 0 where there is none.
-    weight: loss weight of `target`; 0 at the last position of a document.
+    weight: loss weight of `target`; 0 at the last position of a document, and
+      where a continuous position follows. At a continuous position that of its
+      latents: 1 / positions of its span, so that a picture weighs 1.
     layout: where each position stands in its tower's array; None for a model
       with one tower.
-    latents: continuous patch latents, or None.
+    latents: values of the continuous positions, 0 elsewhere; None where all
+      modalities are discrete, like the next two.
+    span: which of the row's continuous spans (a picture's patches) a position is
+      in, from 1; 0 is none.
+    time: noise level of the latents, from 0 (clean) to 1; None: all are clean.
     stored: where each position of the sequence stands in the row. None: in order;
       otherwise the row was dealt to context-parallel devices
       (`fusionlab.sharding.batches.split_rows`) and all other fields are in that
@@ -53,12 +60,42 @@ class Batch:
   weight: Float[Array, "B L"]
   layout: Layout | None = None
   latents: Float[Array, "B L C"] | None = None
+  span: Int[Array, "B L"] | None = None
+  time: Float[Array, "B L"] | None = None
   stored: Int[Array, "B L"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentGrid:
+  """The latents of one picture, and the patches that are its positions.
+
+  Attributes:
+    side: latent pixels along a side.
+    channels: c, of a latent pixel.
+    patch: k, latent pixels along a side of a patch; divides `side`.
+  """
+
+  side: int
+  channels: int
+  patch: int = 1
+
+  @property
+  def positions(self) -> int:
+    """Patches n = (side / k)² of a picture, in raster order."""
+    return (self.side // self.patch) ** 2
+
+  @property
+  def dim(self) -> int:
+    """Values C = k²·c of a patch, by row, column and channel."""
+    return self.patch**2 * self.channels
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
   """One id space for all modalities, in disjoint contiguous ranges.
+
+  A continuous modality has one id, which stands at each of its positions and
+  says no more than that; the values are `Batch.latents`.
 
   Attributes:
     modalities: names; the index is the modality id. The first is the text that
@@ -68,6 +105,8 @@ class Vocabulary:
     begin, end: per modality, the ids that open and close one of its blocks
       (BOI and EOI for images), in the first modality's range; the first entry
       is unused. What is given for more modalities than there are is dropped.
+    grids: per modality its latents where it is continuous, else None; empty
+      where all are discrete. Continuous ones agree in `LatentGrid.dim`.
   """
 
   modalities: tuple[str, ...]
@@ -77,6 +116,7 @@ class Vocabulary:
   eos: int = 2
   begin: tuple[int, ...] = (0, 3)
   end: tuple[int, ...] = (0, 4)
+  grids: tuple[LatentGrid | None, ...] = ()
 
   def __post_init__(self):
     for name in ("begin", "end"):
@@ -98,6 +138,29 @@ class Vocabulary:
     """Ids that stand for no text: of documents, and of blocks' borders."""
     borders = (*self.begin[1:], *self.end[1:])
     return tuple(sorted({self.pad, self.bos, self.eos, *borders}))
+
+  @functools.cached_property
+  def continuous(self) -> tuple[int, ...]:
+    """Ids of the continuous modalities."""
+    return tuple(m for m, grid in enumerate(self.grids) if grid is not None)
+
+  @property
+  def latent_dim(self) -> int:
+    """Values C of a continuous position; 0 where all modalities are discrete."""
+    return max((grid.dim for grid in self.grids if grid), default=0)
+
+  def grid(self, modality: int) -> LatentGrid:
+    """Latents of a continuous modality.
+
+    Raises:
+      UserError: it is discrete.
+    """
+    if modality not in self.continuous:
+      raise UserError(
+        f"{self.modalities[modality]} is a discrete modality: it has ids, and no"
+        f" latents"
+      )
+    return cast(LatentGrid, self.grids[modality])
 
   def offset(self, modality: int) -> int:
     """First id of a modality's range."""
@@ -192,7 +255,37 @@ def causal_intervals(
   return k_start, k_end
 
 
-def causal_batch(
+def continuous_spans(
+  inside: Bool[np.ndarray, "B L"], segment: Int[np.ndarray, "B L"]
+) -> tuple[
+  Int[np.ndarray, "B L"], Int[np.ndarray, "B L"], Int[np.ndarray, "B L"]
+]:
+  """Runs of continuous positions: which, from where and until where.
+
+  Args:
+    inside: continuous positions.
+    segment: document within the row; a span ends with its document.
+
+  Returns:
+    int32 number of the span within its row, from 1, its first position, and one
+    past its last; all 0 outside.
+  """
+  length = inside.shape[1]
+  column = np.arange(length)
+  other = np.diff(segment, axis=1, prepend=-1) != 0
+  before = np.pad(inside, ((0, 0), (1, 0)))[:, :-1]
+  starts = inside & (other | ~before)
+  first = np.maximum.accumulate(np.where(starts, column, 0), axis=1)
+  after = np.pad(~inside | starts, ((0, 0), (0, 1)), constant_values=True)
+  bound = np.where(after, np.arange(length + 1), length)[:, ::-1]
+  end = np.minimum.accumulate(bound, axis=1)[:, ::-1][:, 1:]
+  number = np.cumsum(starts, axis=1)
+  return tuple(
+    np.where(inside, x, 0).astype(np.int32) for x in (number, first, end)
+  )
+
+
+def packed_batch(
   tokens: Int[np.ndarray, "B L"],
   segment: Int[np.ndarray, "B L"],
   position: Int[np.ndarray, "B L"],
@@ -201,8 +294,13 @@ def causal_batch(
   towers: Sequence[int] | None = None,
   counts: Sequence[int] = (),
   group_rows: int = 0,
+  latents: Float[np.ndarray, "B L C"] | None = None,
+  causal: bool = True,
 ) -> Batch:
-  """Completes a causal batch from its tokens and documents.
+  """Completes a batch from its tokens and documents.
+
+  A position sees its document up to itself; a continuous one, unless `causal`,
+  up to the end of its span (Transfusion, arXiv 2408.11039, Fig. 4).
 
   Args:
     tokens: int32, ids of the rows, 0 on padding.
@@ -212,9 +310,13 @@ def causal_batch(
     towers: tower of each modality; None makes no layout.
     counts: places of each tower in a group, see `make_layout`.
     group_rows: rows of a group.
+    latents: float32, values at continuous positions; needed where the vocabulary
+      has any.
+    causal: whether continuous spans are causal too.
 
   Raises:
-    UserError: see `make_layout`.
+    UserError: latents that the vocabulary does not ask for, or lacks; see
+      `make_layout`.
   """
   real = segment > 0
   modality = np.where(real, vocabulary.modality_of(tokens), 0).astype(np.int32)
@@ -224,6 +326,22 @@ def causal_batch(
   follows = real[:, 1:] & (segment[:, 1:] == segment[:, :-1])
   target[:, :-1] = np.where(follows, tokens[:, 1:], 0)
   weight[:, :-1] = follows
+  span = None
+  given = 0 if latents is None else latents.shape[-1]
+  if given != vocabulary.latent_dim:
+    raise UserError(
+      f"the batch has {given} latent values a position, the vocabulary"
+      f" {vocabulary.latent_dim}"
+    )
+  if vocabulary.continuous:
+    inside = real & np.isin(modality, vocabulary.continuous)
+    span, first, end = continuous_spans(inside, segment)
+    # What comes next is no id before a patch, and needs no saying after one: how
+    # many there are is known (Transfusion, section 3.2).
+    weight[:, :-1][inside[:, 1:]] = 0
+    weight[inside] = 1 / (end - first)[inside]
+    if not causal:
+      k_end = np.where(inside, end, k_end)
   layout = None
   if towers is not None:
     layout = make_layout(
@@ -239,6 +357,8 @@ def causal_batch(
     target=target,
     weight=weight,
     layout=layout,
+    latents=latents,
+    span=span,
   )
 
 
@@ -249,8 +369,10 @@ def batch_of_ids(
   towers: Sequence[int],
   row_length: int = 0,
   counts: Sequence[int] | None = None,
+  latents: Sequence[Float[np.ndarray, "_ C"]] | None = None,
+  causal: bool = True,
 ) -> Batch:
-  """Makes a causal batch of one document per row, for use as a library.
+  """Makes a batch of one document per row, for use as a library.
 
   Args:
     documents: ids of the shared vocabulary, modalities interleaved at will.
@@ -260,6 +382,9 @@ def batch_of_ids(
     counts: places of each tower over all rows, summing to rows · L; the default
       fits these documents alone. A compiled step serves all batches of the
       same row length and counts.
+    latents: per document the values of its continuous positions, in order;
+      needed where the vocabulary has any.
+    causal: whether continuous spans are causal, see `packed_batch`.
 
   Returns:
     A numpy batch `[len(documents), L]`, padded at the end of the rows; each
@@ -267,7 +392,8 @@ def batch_of_ids(
 
   Raises:
     UserError: no document, an empty or too long one, an id that the
-      vocabulary does not have, or counts that the documents do not fit.
+      vocabulary does not have, counts that the documents do not fit, or latents
+      of another number or width than their positions.
   """
   lengths = [len(ids) for ids in documents]
   length = row_length or max(lengths, default=0)
@@ -290,7 +416,7 @@ def batch_of_ids(
     tower = np.asarray(towers)[vocabulary.modality_of(tokens)]
     used = [int(((tower == k) & real).sum()) for k in range(max(towers) + 1)]
     counts = [real.size - sum(used[1:]), *used[1:]]
-  return causal_batch(
+  return packed_batch(
     tokens,
     real.astype(np.int32),
     np.where(real, column, 0).astype(np.int32),
@@ -298,4 +424,28 @@ def batch_of_ids(
     towers=towers if max(towers) > 0 else None,
     counts=counts or (),
     group_rows=len(lengths),
+    latents=_placed(tokens, real, latents, vocabulary),
+    causal=causal,
   )
+
+
+def _placed(
+  tokens: Int[np.ndarray, "B L"],
+  real: Bool[np.ndarray, "B L"],
+  latents: Sequence[Float[np.ndarray, "_ C"]] | None,
+  vocabulary: Vocabulary,
+) -> Float[np.ndarray, "B L C"] | None:
+  """Puts each document's latents where its continuous positions are."""
+  width = vocabulary.latent_dim
+  if not width and not latents:
+    return None
+  inside = real & np.isin(vocabulary.modality_of(tokens), vocabulary.continuous)
+  given = [np.shape(x) for x in latents or ()]
+  needed = [(int(n), width) for n in inside.sum(axis=1)]
+  if given != needed:
+    raise UserError(
+      f"batch_of_ids got latents of shapes {given}; its documents need {needed}"
+    )
+  placed = np.zeros((*tokens.shape, width), np.float32)
+  placed[inside] = np.concatenate([np.asarray(x) for x in latents or ()])
+  return placed

@@ -20,7 +20,7 @@ import grain
 import jax
 import numpy as np
 
-from fusionlab.batch import Batch, Vocabulary, causal_batch
+from fusionlab.batch import Batch, Vocabulary, packed_batch
 from fusionlab.data import documents as docs
 from fusionlab.data.documents import Chances, Record
 from fusionlab.data.plan import Plan, Stream, plan_epoch
@@ -287,7 +287,7 @@ class Loader:
         segment[row, column:until] = number + 1
         position[row, column:until] = np.arange(len(piece))
         column = until
-    batch = causal_batch(
+    batch = packed_batch(
       tokens,
       segment,
       position,

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
-from fusionlab.batch import Batch, causal_batch
+from fusionlab.batch import Batch, packed_batch
 from fusionlab.errors import UserError
 from fusionlab.sharding import batches, rules
 
@@ -232,7 +232,7 @@ class Scorer:
       tokens[row, : len(ids)] = ids
       segment[row, : len(ids)] = 1
       position[row, : len(ids)] = np.arange(len(ids))
-    batch = causal_batch(
+    batch = packed_batch(
       tokens,
       segment,
       position,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fusionlab.batch import Batch, Vocabulary, causal_batch
+from fusionlab.batch import Batch, Vocabulary, packed_batch
 from fusionlab.routing import Layout, make_layout
 
 
@@ -58,7 +58,7 @@ def random_batch(
   )
   drawn = rng.integers(0, np.asarray(vocabulary.sizes)[modality])
   tokens = np.where(segment > 0, offsets[modality] + drawn, 0).astype(np.int32)
-  batch = causal_batch(tokens, segment, position, vocabulary)
+  batch = packed_batch(tokens, segment, position, vocabulary)
   return dataclasses.replace(
     batch, layout=layout_of(modality, segment > 0, towers, group_rows)
   )

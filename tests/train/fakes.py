@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from fusionlab.batch import Batch, causal_batch
+from fusionlab.batch import Batch, packed_batch
 from fusionlab.errors import UserError
 from fusionlab.experiment import Experiment
 from fusionlab.tokenizers import ImageTokenizer, TextTokenizer, Tokenizers
@@ -109,7 +109,7 @@ class FakeLoader:
     model = self.experiment.model
     towers = Towers.parse(model.modalities, model.towers, model.untie)
     group = self.experiment.data.group_rows
-    batch = causal_batch(
+    batch = packed_batch(
       tokens,
       segment,
       position,
