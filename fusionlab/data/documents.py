@@ -37,6 +37,8 @@ class Record:
     part_alternatives: int32 [P], number of alternatives of each part.
     lengths: int32 [sum of alternatives], ids of each alternative.
     ids: int32 [sum of lengths], ids in the shared vocabulary.
+    latents: float32, values of the continuous ones among them, in order; none
+      without continuous modalities.
   """
 
   key: str
@@ -44,6 +46,9 @@ class Record:
   part_alternatives: Int[np.ndarray, " P"]
   lengths: Int[np.ndarray, " A"]
   ids: Int[np.ndarray, " N"]
+  latents: Float[np.ndarray, "n C"] = dataclasses.field(
+    default_factory=lambda: np.zeros((0, 0), np.float32)
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,3 +314,29 @@ def document_ids(
   return np.concatenate([[vocabulary.bos], *pieces, [vocabulary.eos]]).astype(
     np.int32
   )
+
+
+def document_latents(
+  record: Record,
+  vocabulary: Vocabulary,
+  *,
+  reversed: bool,
+  alternative: Int[np.ndarray, " P"],
+) -> Float[np.ndarray, "n C"]:
+  """The values of the document's continuous positions, in its order.
+
+  Args:
+    record: parts with all their alternatives.
+    vocabulary: says which modalities are continuous.
+    reversed: the parts come in reverse order.
+    alternative: which alternative of each part is read.
+  """
+  owner = np.repeat(record.part_modality, record.part_alternatives)
+  held = np.where(np.isin(owner, vocabulary.continuous), record.lengths, 0)
+  starts = offsets(held)
+  chosen = offsets(record.part_alternatives)[:-1] + alternative
+  pieces = [record.latents[starts[a] : starts[a + 1]] for a in chosen]
+  if reversed:
+    pieces.reverse()
+  nothing = np.zeros((0, vocabulary.latent_dim), np.float32)
+  return np.concatenate([nothing, *pieces]) if len(record.latents) else nothing

@@ -53,6 +53,8 @@ class Rows:
     towers: tower of each modality; None leaves `Batch.layout` out.
     process_index, process_count: which equal share of the groups is made here.
     parts: context-parallel devices that the positions of a row are dealt to.
+    latent_dim: values of a continuous position; 0 without continuous modalities.
+    causal: whether continuous spans are causal, see `packed_batch`.
   """
 
   row_length: int
@@ -63,6 +65,8 @@ class Rows:
   process_index: int = 0
   process_count: int = 1
   parts: int = 1
+  latent_dim: int = 0
+  causal: bool = True
 
   def __post_init__(self):
     """Raises UserError where rows, groups, processes and parts do not divide."""
@@ -113,10 +117,13 @@ def abstract_batch(rows: Rows) -> Batch:
       tuple(shape_of(groups, count) for count in places),
       shape_of(groups, sum(places)),
     )
+  width = rows.latent_dim
   return Batch(
     *(shape_of(*size) for _ in range(7)),
     weight=shape_of(*size, dtype=np.float32),
     layout=layout,
+    latents=shape_of(*size, width, dtype=np.float32) if width else None,
+    span=shape_of(*size) if width else None,
     stored=shape_of(*size) if rows.parts > 1 else None,
   )
 
@@ -274,16 +281,25 @@ class Loader:
     tokens = np.full(shape, self.vocabulary.pad, np.int32)
     segment = np.zeros(shape, np.int32)
     position = np.zeros(shape, np.int32)
+    latents = None
+    if rows.latent_dim:
+      latents = np.zeros((*shape, rows.latent_dim), np.float32)
     begin = min(first, plan.num_groups) * rows.group_rows
     end = min(first + groups, plan.num_groups) * rows.group_rows
     pieces = slice(plan.row_start[begin], plan.row_start[end])
-    ids = iter(self._documents(plan, pieces))
+    read = iter(self._documents(plan, pieces))
     for row in range(end - begin):
       low, high = plan.row_start[begin + row : begin + row + 2]
       column = 0
-      for number, piece in enumerate(next(ids) for _ in range(low, high)):
+      for number in range(high - low):
+        piece, values = next(read)
         until = column + len(piece)
         tokens[row, column:until] = piece
+        if latents is not None:
+          where = np.isin(
+            self.vocabulary.modality_of(piece), self.vocabulary.continuous
+          )
+          latents[row, column:until][where] = values
         segment[row, column:until] = number + 1
         position[row, column:until] = np.arange(len(piece))
         column = until
@@ -295,13 +311,18 @@ class Loader:
       towers=rows.towers,
       counts=rows.tower_places if rows.towers else (),
       group_rows=rows.group_rows,
+      latents=latents,
+      causal=rows.causal,
     )
     return split_rows(batch, rows.parts)
 
-  def _documents(self, plan: Plan, pieces: slice) -> list[np.ndarray]:
-    """Ids of consecutive pieces of a plan."""
+  def _documents(
+    self, plan: Plan, pieces: slice
+  ) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Ids and latents of consecutive pieces of a plan."""
     source, document = plan.source[pieces], plan.document[pieces]
-    ids: list[np.ndarray] = [np.zeros(0, np.int32)] * len(source)
+    nothing = np.zeros(0, np.int32), np.zeros((0, 0), np.float32)
+    read = [nothing] * len(source)
     for index, stream in enumerate(self._streams):
       here = np.flatnonzero(source == index)
       draws = docs.draw(
@@ -314,13 +335,16 @@ class Loader:
       )
       parts = docs.offsets(stream.counts.parts[document[here]])
       for n, piece in enumerate(here):
+        record = self._records[index][int(document[piece])]
+        order: dict[str, Any] = {
+          "reversed": bool(draws.reversed[n]),
+          "alternative": draws.alternative[parts[n] : parts[n + 1]],
+        }
         whole = docs.document_ids(
-          self._records[index][int(document[piece])],
-          self.vocabulary,
-          reversed=bool(draws.reversed[n]),
-          dropped=bool(draws.dropped[n]),
-          alternative=draws.alternative[parts[n] : parts[n + 1]],
+          record, self.vocabulary, dropped=bool(draws.dropped[n]), **order
         )
         part = slice(plan.start[pieces][piece], plan.stop[pieces][piece])
-        ids[piece] = whole[part]
-    return ids
+        # What is torn is of text alone.
+        values = docs.document_latents(record, self.vocabulary, **order)
+        read[piece] = whole[part], values
+    return read

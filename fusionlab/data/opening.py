@@ -127,6 +127,7 @@ def open_data(
   rows = rows_of(
     experiment,
     counts,
+    latent_dim=vocabulary.latent_dim,
     group_rows=group_rows,
     process_index=process_index,
     process_count=process_count,
@@ -185,6 +186,7 @@ def rows_of(
   counts: tuple[int, ...],
   *,
   group_rows: int,
+  latent_dim: int = 0,
   process_index: int = 0,
   process_count: int = 1,
   parts: int = 1,
@@ -194,6 +196,7 @@ def rows_of(
   Args:
     experiment: its rows, batch and towers.
     counts: places of each modality in a group.
+    latent_dim: values of a continuous position.
     group_rows: rows of a group.
     process_index: this process's share of a batch.
     process_count: shares that a batch is read in.
@@ -215,6 +218,8 @@ def rows_of(
     process_index=process_index,
     process_count=process_count,
     parts=parts,
+    latent_dim=latent_dim,
+    causal=model.causal,
   )
 
 

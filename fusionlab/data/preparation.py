@@ -50,23 +50,30 @@ class RecordDataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """The TFDS dataset of a prepared source: `fusionlab.data.documents.Record`.
 
   Splits are the source's own. Integers are int32 and ragged; ids are in the
-  shared vocabulary.
+  shared vocabulary. Continuous modalities have float32 values beside them.
   """
 
   VERSION = tfds.core.Version(f"{FORMAT}.0.0")
   name = "records"
 
-  def __init__(self, *, folder: Path, splits: Sequence[str], **kwargs: Any):
+  def __init__(
+    self, *, folder: Path, splits: Sequence[str], latent_dim: int, **kwargs: Any
+  ):
     """Prepares to write what was spooled to `folder/<split>.spool`."""
     self._folder = folder
     self._splits = splits
+    self._latent_dim = latent_dim
     super().__init__(**kwargs)
 
   def _info(self) -> tfds.core.DatasetInfo:
-    features = {
+    features: dict[str, Any] = {
       name: tfds.features.Tensor(shape=(None,), dtype=np.int32)
       for name in _RECORD_ARRAYS
     }
+    if self._latent_dim:
+      features["latents"] = tfds.features.Tensor(
+        shape=(None, self._latent_dim), dtype=np.float32
+      )
     return tfds.core.DatasetInfo(
       builder=self,
       description="Tokenised examples of fusionlab.data.preparation.",
@@ -126,7 +133,7 @@ class Records:
       fields = self._source[index]
     except Exception as error:
       damaged(self._folder, f"record {index} cannot be read", error)
-    arrays = {name: fields[name] for name in _RECORD_ARRAYS}
+    arrays = {n: fields[n] for n in (*_RECORD_ARRAYS, "latents") if n in fields}
     record = Record(key=fields["key"].decode(), **arrays)
     if self._memory is not None:
       self._memory[index] = record
@@ -311,6 +318,7 @@ def _write(
   builder = RecordDataset(
     folder=folder,
     splits=splits,
+    latent_dim=tokenizers.vocabulary.latent_dim,
     data_dir=str(folder / "dataset"),
     file_format="array_record",
   )
@@ -362,32 +370,38 @@ def _tokenise(
     a for _, p in parts for a in p.alternatives if isinstance(a, np.ndarray)
   ]
   text_ids = iter(tokenizers.text.encode_batch(texts) if texts else ())
-  image_ids = iter(())
+  encoded = iter(())
   if pictures:
     image = tokenizers.pictures(f"source {source!r}")
     squares = [square(picture, image.image_size) for picture in pictures]
-    image_ids = iter(image.encode(np.stack(squares)))
+    encoded = iter(image.encode(np.stack(squares)))
   records = []
   for example in batch:
-    ids = []
+    ids, latents = [], []
     for part in example.parts:
-      offset = vocabulary.offset(vocabulary.index(part.modality))
-      source_ids = text_ids if part.modality == "text" else image_ids
+      modality = vocabulary.index(part.modality)
       for _ in part.alternatives:
-        ids.append(np.asarray(next(source_ids), np.int32) + np.int32(offset))
-    records.append(
-      {
-        "key": example.key,
-        "part_modality": np.array(
-          [vocabulary.index(p.modality) for p in example.parts], np.int32
-        ),
-        "part_alternatives": np.array(
-          [len(p.alternatives) for p in example.parts], np.int32
-        ),
-        "lengths": np.array([len(i) for i in ids], np.int32),
-        "ids": np.concatenate([np.zeros(0, np.int32), *ids]),
-      }
-    )
+        values = next(text_ids if part.modality == "text" else encoded)
+        if modality in vocabulary.continuous:
+          latents.append(np.asarray(values, np.float32))
+          values = np.zeros(len(values))
+        offset = vocabulary.offset(modality)
+        ids.append(np.asarray(values, np.int32) + np.int32(offset))
+    record = {
+      "key": example.key,
+      "part_modality": np.array(
+        [vocabulary.index(p.modality) for p in example.parts], np.int32
+      ),
+      "part_alternatives": np.array(
+        [len(p.alternatives) for p in example.parts], np.int32
+      ),
+      "lengths": np.array([len(i) for i in ids], np.int32),
+      "ids": np.concatenate([np.zeros(0, np.int32), *ids]),
+    }
+    if width := vocabulary.latent_dim:
+      nothing = np.zeros((0, width), np.float32)
+      record["latents"] = np.concatenate([nothing, *latents])
+    records.append(record)
   return records
 
 

@@ -9,6 +9,7 @@ MODELS = Registry(
     "mixture_of_transformers": (
       "fusionlab.models.mixture_of_transformers:MixtureOfTransformers"
     ),
+    "transfusion": "fusionlab.models.transfusion:Transfusion",
   },
 )
 

@@ -49,11 +49,18 @@ class Decoded:
     hidden: after the final norm, in sequence order.
     chosen: the residual stream after the layers asked for, in that order.
     cache: with the new tokens in it.
+    prediction: what the noise of continuous positions is predicted by, where it
+      was asked for.
   """
 
   hidden: Float[Array, "B T d"]
   chosen: tuple[Float[Array, "B T d"], ...]
   cache: Cache
+  prediction: Float[Array, "B T C"] | None = None
+
+
+# (embedding table, sequence of tokens, names of its axes) -> [B, L, d].
+Embed: TypeAlias = Callable[[jax.Array, Sequence[str]], jax.Array]
 
 
 class Transformer(nn.Module):
@@ -98,9 +105,21 @@ class Transformer(nn.Module):
     Raises:
       UserError: a batch without the layout the towers need.
     """
+    inputs: Any = jax.tree.map(jnp.asarray, batch)
+    return self._hidden(inputs, self._lookup(inputs.tokens), train=train)
+
+  @nn.nowrap
+  def _lookup(self, tokens: Int[Array, "B L"]) -> Embed:
+    """How tokens enter: by their rows of the table."""
+    return lambda table, names: lookup(table, tokens, self.compute_dtype, names)
+
+  @nn.nowrap
+  def _hidden(
+    self, inputs: Any, enter: Embed, *, train: bool
+  ) -> Float[Array, "B L d"]:
+    """All between a batch (of jax arrays) that enters and its hidden states."""
     c = self.config
     towers = c.routed_towers
-    inputs: Any = jax.tree.map(jnp.asarray, batch)
     embed: Any = self.param(
       "embed",
       nn.with_partitioning(fan_in(c.dim), (axes.VOCAB, axes.EMBED)),
@@ -130,7 +149,7 @@ class Transformer(nn.Module):
     row = (axes.ACT_BATCH,)
     if inputs.stored is not None:
       row = (axes.ACT_BATCH, axes.ACT_LENGTH)
-    stream = self._enter(embed, inputs.tokens, router, row)
+    stream = self._enter(enter(embed, row), router, row)
     blocks = {"block": functools.partial(Block, c)}
     stack = Stack(blocks, c.num_layers, c.remat, c.scan_unroll, name="stack")
     nn.share_scope(self, stack)
@@ -199,6 +218,32 @@ class Transformer(nn.Module):
         tower that does not occur is not read.
       layers: indices of layers whose output is returned too.
     """
+    return self._decode(
+      params,
+      tokens,
+      cache,
+      self._lookup(tokens),
+      start=start,
+      fresh=fresh,
+      layout=layout,
+      layers=layers,
+    )
+
+  @nn.nowrap
+  def _decode(
+    self,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    cache: Cache,
+    enter: Embed,
+    *,
+    start: Int[Array, " B"],
+    fresh: Int[Array, " B"],
+    layout: Layout | None = None,
+    layers: Sequence[int] = (),
+    k_end: Int[Array, "B T"] | None = None,
+  ) -> Decoded:
+    """`step`, with what enters, and one past the last key that each sees."""
     c, towers = self.config, self.config.routed_towers
     position = start[:, None] + jnp.arange(tokens.shape[1])
     real = jnp.arange(tokens.shape[1]) < fresh[:, None]
@@ -209,10 +254,11 @@ class Transformer(nn.Module):
     visibility = self._visibility(
       position,
       jnp.zeros_like(position),
-      jnp.where(real, position + 1, 0),
+      jnp.where(real, position + 1 if k_end is None else k_end, 0),
       slot=jnp.where(real, position, capacity),
     )
-    stream = self._enter(params["embed"], tokens, router)
+    row = (axes.ACT_BATCH,)
+    stream = self._enter(enter(params["embed"], row), router, row)
     block: Any = Block(c, parent=None)
     after, held = [], []
     for weights, kept in zip(params["layers"], cache, strict=True):
@@ -257,14 +303,10 @@ class Transformer(nn.Module):
     return dataclasses.replace(visibility, cos=cos, sin=sin)
 
   def _enter(
-    self,
-    table: jax.Array,
-    tokens: jax.Array,
-    router: Router,
-    row: Sequence[str] = (axes.ACT_BATCH,),
+    self, entering: jax.Array, router: Router, row: Sequence[str]
   ) -> Routed:
-    """Tokens to the stream of the first layer; `row` names their axes."""
-    stream = (constrain(lookup(table, tokens, self.compute_dtype, row), row),)
+    """What enters to the stream of the first layer; `row` names its axes."""
+    stream = (constrain(entering, row),)
     return (
       router.enter(stream)
       if stays_routed(self.config.routed_towers)
