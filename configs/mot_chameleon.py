@@ -51,7 +51,7 @@ from fusionlab.train.config import OptimizerConfig, TrainConfig
 # An epoch passes twice over the pictures and over seven tenths of the passages:
 # nearly as many image codes as text tokens (the paper has as many), and enough
 # passages to fill the text places that pictures leave.
-_SOURCES = {
+SOURCES = {
   "openmoji": SourceConfig(kind="openmoji", weight=2.0),
   "flags": SourceConfig(kind="flags", weight=1.0),
   "factbook": SourceConfig(kind="factbook", weight=0.7),
@@ -81,9 +81,9 @@ def _tiny() -> Experiment:
   # what a caption means for some 1,400 pictures, and little about 3,100. Passages
   # fill what rows of pictures leave; the last groups of an epoch are never full,
   # so it is long.
-  emoji = dataclasses.replace(_SOURCES["openmoji"], path="0.6", weight=8.0)
-  flags = dataclasses.replace(_SOURCES["flags"], weight=8.0)
-  factbook = dataclasses.replace(_SOURCES["factbook"], weight=0.347)
+  emoji = dataclasses.replace(SOURCES["openmoji"], path="0.6", weight=8.0)
+  flags = dataclasses.replace(SOURCES["flags"], weight=8.0)
+  factbook = dataclasses.replace(SOURCES["factbook"], weight=0.347)
   return Experiment(
     model=MixtureOfTransformersConfig(dim=192, num_layers=4, num_heads=6),
     objective=NextTokenConfig(word_dropout=1.0),
@@ -121,7 +121,7 @@ def _paper(name: str) -> Experiment:
   }
   return Experiment(
     model=MixtureOfTransformersConfig(**model),
-    data=DataConfig(sources=_SOURCES, row_length=4096),
+    data=DataConfig(sources=SOURCES, row_length=4096),
     optimizer=OptimizerConfig(
       learning_rate=1e-4,
       schedule="linear",

@@ -103,7 +103,11 @@ def check_flops(comparison: Comparison) -> None:
   """
   flops = {}
   for name, e in comparison.experiments.items():
-    tokenizers = load_tokenizers(e.data.text_tokenizer, e.data.image_tokenizer)
+    tokenizers = load_tokenizers(
+      e.data.text_tokenizer,
+      e.data.image_tokenizer,
+      latent_patch=e.data.latent_patch,
+    )
     per_token = e.model.forward_flops_per_token(
       tokenizers.vocabulary.size, e.data.row_length
     )

@@ -232,7 +232,11 @@ def build(
   mesh = make_mesh(experiment.mesh) if mesh is None else mesh
   if tokenizers is None:
     data = experiment.data
-    tokenizers = load_tokenizers(data.text_tokenizer, data.image_tokenizer)
+    tokenizers = load_tokenizers(
+      data.text_tokenizer,
+      data.image_tokenizer,
+      latent_patch=data.latent_patch,
+    )
   model = build_model(
     experiment.model, tokenizers.vocabulary, experiment.data.row_length
   )
