@@ -51,6 +51,8 @@ class Options:
     experiment: the configuration; None where a mode of a run has no `--config`.
     request: of `--mode=generate`.
     json: of `--mode=compile`: print JSON instead of tables.
+    target_config: of `--mode=compile` for GPUs: a file that describes the card;
+      "" for the preset's own.
   """
 
   mode: str
@@ -58,6 +60,7 @@ class Options:
   experiment: "Experiment | None"
   request: "Request | None" = None
   json: bool = False
+  target_config: str = ""
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -71,6 +74,12 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
   flags.DEFINE_string("mode", "train", " | ".join(MODES), flag_values=values)
   flags.DEFINE_bool(
     "json", False, "--mode=compile prints JSON", flag_values=values
+  )
+  flags.DEFINE_string(
+    "target_config",
+    None,
+    "--mode=compile for GPUs: XLA's description of the card, as a file",
+    flag_values=values,
   )
   generation_flags.define(values)
 
@@ -135,7 +144,14 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> Options:
     raise UserError(f"--{given[0]} is for --mode=generate, not --mode={mode}")
   if values["json"].value and mode != "compile":
     raise UserError(f"--json is for --mode=compile, not --mode={mode}")
-  return Options(mode, workdir, config, request, bool(values["json"].value))
+  target = values["target_config"].value
+  if target is not None and mode != "compile":
+    raise UserError(f"--target_config is for --mode=compile, not --mode={mode}")
+  if target == "":
+    raise UserError("--target_config= is empty; give a file, or leave it out")
+  return Options(
+    mode, workdir, config, request, bool(values["json"].value), target or ""
+  )
 
 
 def parse_config(

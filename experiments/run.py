@@ -106,7 +106,7 @@ def _run(options: Options) -> int:
     print(summary.render(options.experiment))
     return 0
   if options.mode == "compile":
-    return _compile(options.experiment, as_json=options.json)
+    return _compile(options.experiment, options)
   from fusionlab.train import loop
   from fusionlab.train.workdir import finished_at
 
@@ -124,7 +124,7 @@ def _run(options: Options) -> int:
   return _report(options.workdir) or code
 
 
-def _compile(experiment: "Experiment", *, as_json: bool) -> int:
+def _compile(experiment: "Experiment", options: Options) -> int:
   """Prints what the steps need; 1 where one does not fit."""
   import jax
 
@@ -136,11 +136,11 @@ def _compile(experiment: "Experiment", *, as_json: bool) -> int:
     # This host compiles and runs nothing: its own accelerators stay free.
     jax.config.update("jax_platforms", "cpu")
   reports = []
-  for report in ahead_of_time.compile_steps(experiment):
+  for report in ahead_of_time.compile_steps(experiment, options.target_config):
     reports.append(report)
-    if not as_json:
+    if not options.json:
       print(compiled.render(report), flush=True)
-  if as_json:
+  if options.json:
     print(json.dumps([report.to_json() for report in reports], indent=1))
   return int(any(report.memory.fits is False for report in reports))
 

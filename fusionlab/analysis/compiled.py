@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,12 +13,14 @@ from rich.table import Table
 
 from fusionlab.analysis import hlo
 from fusionlab.analysis.collectives import mesh_axes
-from fusionlab.analysis.devices import Chip, chip_of
+from fusionlab.analysis.devices import Chip, Switched
 from fusionlab.analysis.roofline import Roofline, estimate, places_of
 from fusionlab.errors import UserError
+from kernels_pallas.attention import recorded_choices
 
 # "Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm."
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.I)
+_TAKEN = 0.75  # of a GPU's memory, by jax unless it is told otherwise
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -81,6 +83,7 @@ class Report:
     traffic: collectives, the largest first.
     roofline: bounds of the time; None where the chip is not known.
     not_counted: what the figures leave out -> how often it runs.
+    notes: what else must be known to read them, a sentence each.
     by_formula: whether the figures are `fusionlab.analysis.step_costs`' and no
       compiler's.
   """
@@ -96,6 +99,7 @@ class Report:
   traffic: tuple[Traffic, ...] = ()
   roofline: Roofline | None = None
   not_counted: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  notes: tuple[str, ...] = ()
   by_formula: bool = False
 
   def to_json(self) -> dict[str, Any]:
@@ -108,40 +112,51 @@ class Report:
 
 def compile_report(
   step: str,
-  lowered: jax.stages.Lowered,
+  lower: Callable[[], jax.stages.Lowered],
   mesh: Mesh,
+  chip: Chip | None,
   *,
   tokens: float,
   model_flops: float,
   kernel_flops: Mapping[str, float],
+  notes: tuple[str, ...] = (),
 ) -> Report:
-  """Compiles a step and reads what came out.
+  """Lowers and compiles a step, and reads what came out.
 
   Args:
     step: its name.
-    lowered: the step.
+    lower: lowers the step; what attention chooses is noted.
     mesh: its devices, which may be absent.
+    chip: what they are; None where it is not known.
     tokens: positions of one device and step.
     model_flops: of one device and step, by the model's formula.
     kernel_flops: part of a kernel's name -> FLOPs of one run of it on a device,
       for kernels that do not state them.
+    notes: of the report.
 
   Raises:
-    UserError: a compiler that does not show its programs.
+    UserError: a compiler that does not show its programs, or lacks a part.
     jax.errors.JaxRuntimeError: what the compiler refuses, but for a lack of
       memory, which is a verdict.
   """
-  chip = chip_of(mesh.devices.flat[0])
+  with recorded_choices() as choices:
+    lowered = lower()
   common = {
     "step": step,
     "chip": "" if chip is None else chip.name,
     "mesh": dict(mesh.shape),
     "tokens": tokens,
     "model_flops": model_flops,
+    "notes": (*notes, *choices),
   }
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
+    if "No PTX compilation provider" in str(error):
+      raise UserError(
+        "XLA compiles for GPUs with ptxas, and there is none: pip install"
+        " nvidia-cuda-nvcc nvidia-nvvm"
+      ) from error
     memory = _too_much(str(error))
     if memory is None:
       raise
@@ -159,9 +174,11 @@ def compile_report(
         break
   for loop in program.unknown_loops:
     left[f"loop {loop.name}, counted once"] += loop.executions
+  memory = _memory(compiled, chip)
+  common["notes"] += _preallocated(memory, chip)
   return Report(
     **common,
-    memory=_memory(compiled, chip),
+    memory=memory,
     flops=flops,
     hbm_bytes=program.bytes_accessed,
     traffic=_traffic(program, mesh),
@@ -184,6 +201,19 @@ def _memory(compiled: Any, chip: Chip | None) -> Memory:
     *parts,
     peak=sum(parts),
     available=None if limit is None else int(limit),
+  )
+
+
+def _preallocated(memory: Memory, chip: Chip | None) -> tuple[str, ...]:
+  """Says so where a GPU has room, but not in what jax takes of it by itself."""
+  if chip is None or not isinstance(chip.interconnect, Switched):
+    return ()
+  limit = memory.available or 0
+  if not _TAKEN * limit < memory.peak <= limit:
+    return ()
+  return (
+    f"jax takes {_TAKEN:.0%} of a GPU's memory, which is less than the peak: set"
+    f" XLA_PYTHON_CLIENT_MEM_FRACTION",
   )
 
 
@@ -266,6 +296,8 @@ def render(report: Report) -> str:
       )
     for part in parts:
       console.print(part)
+    for note in report.notes:
+      console.print(note, markup=False, highlight=False, soft_wrap=True)
     for name, runs in report.not_counted.items():
       console.print(f"not in the figures: {name}, {runs:,} times")
   return capture.get()

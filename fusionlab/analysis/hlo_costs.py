@@ -117,24 +117,25 @@ def custom_call_cost(
   products forward and five backward, a causal mask sparing half.
   """
   target = instruction.target
-  # Some backends print their config as a string with escaped quotes.
+  # Some print their config as a string with escaped quotes, some (what jax wrote
+  # in Python) with a space after a colon.
   config = instruction.attributes.replace('\\"', '"')
-  gemm = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', config)
+  gemm = re.search(r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]', config)
   if "cublas" in target and gemm:
     dims = [int(d) for d in re.findall(r"\d+", gemm[1])]
     output = math.prod(instruction.shapes[0].dims)
     return dot_flops(output, operands[0], dims), None
-  scores = re.search(r'"dimensions":\[([^\]]*)\]', config)
+  scores = re.search(r'"dimensions":\s*\[([^\]]*)\]', config)
   if target.startswith("__cudnn$fmha") and scores:
     size = math.prod(int(d) for d in re.findall(r"\d+", scores[1]))
     products = 5 if "Backward" in target else 2
     flops = products * 2 * size * operands[0].dims[-1]
     return flops // (2 if 'CAUSAL"' in config else 1), None
-  estimate = re.search(r'"cost_estimate":(\{[^}]*\})', config)
+  estimate = re.search(r'"cost_estimate":\s*(\{[^}]*\})', config)
   if estimate:
     stated = json.loads(estimate[1])
     return int(stated.get("flops", 0)), int(stated.get("bytes_accessed", 0))
-  flops = re.search(r'"flops":"?([\d.e+]+)', config)
+  flops = re.search(r'"flops":\s*"?([\d.e+]+)', config)
   return (int(float(flops[1])) if flops else None), None
 
 

@@ -43,6 +43,7 @@ def step_costs(
   vocab_size: int,
   mesh: Mapping[str, int],
   *,
+  chip: Chip | None = None,
   element: int = 2,
 ) -> StepCosts:
   """Costs of one optimizer step.
@@ -57,6 +58,9 @@ def step_costs(
     counts: of its model.
     vocab_size: ids V of the tables.
     mesh: axis -> size.
+    chip: what the devices are. Where all is recomputed, XLA for GPUs gathers a
+      matrix twice in the backward pass, for the output and for the gradient; for
+      TPUs (and None) once.
     element: bytes of a number in the compute dtype.
   """
   model, train = experiment.model, experiment.train
@@ -71,6 +75,8 @@ def step_costs(
   kept = (f - 1) / f
   layers, stream = model.num_layers, tokens * model.dim * element
   recomputed = 1 if model.remat == "none" else 2
+  switched = chip is not None and isinstance(chip.interconnect, Switched)
+  gathers = 3 if switched and model.remat == "full" else 2
   keys = 2 * tokens * s * model.kv_heads * model.width_of_head * element / t
   rest = {a: mesh[a] for a in ("data", "expert", "sequence") if mesh[a] > 1}
   others = math.prod(rest.values())
@@ -78,8 +84,8 @@ def step_costs(
     Traffic(
       "all-gather",
       "fsdp",
-      passes * (2 * layers * 7 * len(model.routed_towers.names) + 2),
-      kept * passes * element * (2 * matrices + tables),
+      passes * (gathers * layers * 7 * len(model.routed_towers.names) + 2),
+      kept * passes * element * (gathers * matrices + tables),
     ),
     Traffic("reduce-scatter", "fsdp", passes, kept * gradients),
     Traffic(
@@ -225,7 +231,7 @@ def report_by_formula(
     chip: its peaks.
     model_flops_per_token: of a training step.
   """
-  costs = step_costs(experiment, counts, vocab_size, mesh)
+  costs = step_costs(experiment, counts, vocab_size, mesh, chip=chip)
   state = state_bytes(experiment, counts, mesh)
   model_flops = costs.tokens * model_flops_per_token
   flops = model_flops * (1 if experiment.model.remat == "none" else 4 / 3)

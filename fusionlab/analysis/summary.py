@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fusionlab.analysis import parameters
-from fusionlab.analysis.devices import chip
+from fusionlab.analysis.devices import Chip, chip
 from fusionlab.analysis.step_costs import (
   StepCosts,
   frozen_parameters,
@@ -84,6 +84,7 @@ def render(experiment: Experiment) -> str:
     counts,
     vocab_size,
     sizes,
+    chip=_chip(experiment),
     element=4 if model.compute_dtype == "float32" else 2,
   )
   memory.add_row("activations, about", f"{costs.activations / 2**20:,.1f}")
@@ -107,6 +108,12 @@ def _mesh(experiment: Experiment) -> dict[str, int]:
   return {axis: getattr(config, axis) or 1 for axis in AXES}
 
 
+def _chip(experiment: Experiment) -> Chip | None:
+  """The preset's; None where it names no machine."""
+  preset = PRESETS.get(experiment.mesh.preset)
+  return None if preset is None else chip(preset.chip)
+
+
 def _traffic(
   experiment: Experiment,
   costs: StepCosts,
@@ -116,8 +123,7 @@ def _traffic(
   """What a step sends and for how long, where several devices share it."""
   if not costs.traffic:
     return []
-  preset = PRESETS.get(experiment.mesh.preset)
-  wires = None if preset is None else chip(preset.chip)
+  wires = _chip(experiment)
   remat = experiment.model.remat
   if remat != "none":
     flops_per_token *= 4 / 3

@@ -17,12 +17,14 @@ from jaxtyping import Int, PyTree
 
 from fusionlab.analysis import parameters
 from fusionlab.analysis.compiled import Report, compile_report
-from fusionlab.analysis.devices import chip
+from fusionlab.analysis.devices import chip, chip_of
+from fusionlab.analysis.gpu_targets import GpuTarget, read_target
 from fusionlab.analysis.step_costs import report_by_formula
 from fusionlab.batch import Vocabulary
 from fusionlab.data.loader import Rows, abstract_batch
 from fusionlab.data.opening import rows_of
 from fusionlab.data.plan import layout_counts
+from fusionlab.errors import UserError
 from fusionlab.experiment import Experiment
 from fusionlab.models import build_model
 from fusionlab.objectives import build_objective
@@ -35,7 +37,13 @@ from fusionlab.sharding.mesh import (
   make_mesh,
   mesh_shape,
 )
-from fusionlab.sharding.topologies import absent_devices, host_devices
+from fusionlab.sharding.topologies import (
+  CUDA_HOW,
+  absent_devices,
+  absent_gpus,
+  cuda_plugin,
+  host_devices,
+)
 from fusionlab.tokenizers import load_tokenizers
 from fusionlab.train.setup import Setup, build_steps, default_group_rows
 from fusionlab.train.state import with_shardings
@@ -57,37 +65,55 @@ class Shapes:
   layout_counts: tuple[int, ...]
 
 
-def compile_steps(experiment: Experiment) -> Iterator[Report]:
+def compile_steps(
+  experiment: Experiment, target_config: str = ""
+) -> Iterator[Report]:
   """Compiles what a run would execute: a training step, and a generation step.
 
   Args:
     experiment: the configuration; `config.mesh.preset` says for which devices.
+    target_config: a file with XLA's description of the GPU; "" for the one that
+      is committed for the preset's.
 
   Yields:
-    A report of each.
+    A report of each. For GPUs without the CUDA plugin one of the training step,
+    by formula.
 
   Raises:
     UserError: a mesh that does not fit, or a machine that cannot be compiled for.
   """
   preset = PRESETS.get(experiment.mesh.preset)
-  if preset is not None and not preset.topology:
+  gpus = preset is not None and not preset.topology
+  if target_config and not gpus:
+    raise UserError(
+      f"--target_config={target_config} describes a GPU, and"
+      f" config.mesh.preset={experiment.mesh.preset} is none"
+    )
+  if preset is not None and gpus and not cuda_plugin() and not target_config:
     yield _lowered_for_gpu(experiment, preset)
     return
-  devices = None
-  if preset is not None:
+  devices, target = None, None
+  if preset is not None and gpus:
+    target = read_target(preset.chip, target_config)
+    devices = absent_gpus(experiment.mesh.preset, target)
+  elif preset is not None:
     devices = absent_devices(experiment.mesh.preset)
   mesh = make_mesh(experiment.mesh, devices)
+  found = target.chip if target else chip_of(mesh.devices.flat[0])
   setup, rows = setup_without_data(experiment, mesh)
   tokens = rows.batch_rows * rows.row_length / mesh.size
+  notes = () if target is None else (_absent(target),)
   yield compile_report(
     "training step",
-    lower_train_step(setup, rows),
+    lambda: lower_train_step(setup, rows),
     mesh,
+    found,
     tokens=tokens,
     model_flops=tokens * setup.train_flops_per_token,
     kernel_flops=_attention_flops(
       setup, rows.batch_rows // experiment.train.accumulate
     ),
+    notes=notes,
   )
   shards = rules.data_shards(mesh)
   forward = experiment.model.forward_flops_per_token(
@@ -95,18 +121,28 @@ def compile_steps(experiment: Experiment) -> Iterator[Report]:
   )
   yield compile_report(
     "generation step, a row to each data shard",
-    lower_generation_step(setup),
+    lambda: lower_generation_step(setup),
     mesh,
+    found,
     tokens=shards / mesh.size,
     model_flops=forward * shards / mesh.size,
     kernel_flops={},
+    notes=notes,
+  )
+
+
+def _absent(target: GpuTarget) -> str:
+  """Says what a program for GPUs was compiled for, and without."""
+  return (
+    f"compiled for {target.name} as {target.file} describes it; XLA tries kernels"
+    f" out on a card, and then may choose others"
   )
 
 
 def _lowered_for_gpu(experiment: Experiment, preset: Preset) -> Report:
   """Lowers the training step for CUDA on stand-ins; the figures are formulas'.
 
-  XLA's own compiler for GPUs comes with the CUDA plugin alone.
+  XLA's own compiler for GPUs comes with the CUDA plugin.
   """
   model = experiment.model
   if model.compute_dtype == "auto":
@@ -118,13 +154,16 @@ def _lowered_for_gpu(experiment: Experiment, preset: Preset) -> Report:
   setup, rows = setup_without_data(experiment, mesh)
   lower_train_step(setup, rows, platform="cuda")
   vocab_size = setup.data.vocabulary.size
-  return report_by_formula(
+  report = report_by_formula(
     setup.experiment,
     parameters.count(model, vocab_size),
     model.vocab_size or vocab_size,
     sizes,
     chip(preset.chip),
     setup.train_flops_per_token,
+  )
+  return dataclasses.replace(
+    report, notes=(f"To compile with XLA's own compiler: {CUDA_HOW}",)
   )
 
 

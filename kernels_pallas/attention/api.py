@@ -1,8 +1,11 @@
 """The gate of attention: implementations by name, the choice logged once."""
 
+import contextlib
+import contextvars
 import difflib
 import functools
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,6 +25,10 @@ _PROMISES = {
 IMPLEMENTATIONS = tuple(_PROMISES)
 # What "auto" tries, per platform, before `xla_blockwise`, which takes any call.
 _FASTER = {"gpu": ("tokamax", "cudnn"), "tpu": ("splash",)}
+
+_RECORD: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar(
+  "_RECORD", default=None
+)
 
 
 class RefusedError(ValueError):
@@ -78,6 +85,22 @@ def attention(
   return _module(implementation).attention(
     q, k, v, k_start, k_end, scale=factor, **options
   )
+
+
+@contextlib.contextmanager
+def recorded_choices() -> Iterator[list[str]]:
+  """Collects what "auto" chooses in programs that are traced meanwhile.
+
+  Yields:
+    The lines that are logged, each once: the name, the platform, and why faster
+    ones refused.
+  """
+  record: list[str] = []
+  token = _RECORD.set(record)
+  try:
+    yield record
+  finally:
+    _RECORD.reset(token)
 
 
 def _check(
@@ -145,10 +168,11 @@ def _choose(
     refused += f"; {name} refused: {reason}"
   # On an accelerator that is a slow path: nobody is to find it by a profile.
   slow = choice == "xla_blockwise" and platform in _FASTER
-  _log_choice(
-    logging.WARNING if slow else logging.INFO,
-    f"attention: {choice} on {platform}{refused}",
-  )
+  line = f"attention: {choice} on {platform}{refused}"
+  _log_choice(logging.WARNING if slow else logging.INFO, line)
+  record = _RECORD.get()
+  if record is not None and line not in record:
+    record.append(line)
   return choice
 
 

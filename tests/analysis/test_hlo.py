@@ -271,6 +271,14 @@ def test_a_kernels_stated_cost_counts():
       '["2","4","64","64"]},"mask_type":"PADDING_CAUSAL"}}',
       5 * 2 * 4 * 64 * 64 * 32,
     ),
+    # As jax writes it and XLA keeps it where no card chooses the algorithm.
+    (
+      "(bf16[2,64,4,32]{3,2,1,0}, u8[0]{0}) custom-call(%q, %k),"
+      ' custom_call_target="__cudnn$fmhaScaleBiasSoftmax", backend_config={'
+      '"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {'
+      '"dimensions": ["2", "4", "64", "64"]}, "mask_type": "NO_MASK"}}',
+      2 * 2 * 2 * 4 * 64 * 64 * 32,
+    ),
   ],
 )
 def test_library_calls_of_a_gpu_count(call, flops):

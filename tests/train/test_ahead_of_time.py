@@ -1,6 +1,5 @@
 """The steps compile from shapes alone, here and for machines that are not here."""
 
-import dataclasses
 import importlib.util
 import json
 
@@ -25,22 +24,13 @@ from fusionlab.train.ahead_of_time import (
   lower_train_step,
   setup_without_data,
 )
+from tests.train.compiling import experiment_of
 
 # Named apart, since these tests are minutes of compiling where it is installed.
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
   reason="the extra `tpu` is not installed (libtpu compiles for TPU)",
 )
-
-
-def experiment_of(mesh, *, rows, **model):
-  """The default configuration, small, with AdamW."""
-  mapping = get_config().to_dict()
-  mapping["model"] |= {"dim": 256, "num_heads": 4, "num_layers": 2, **model}
-  mapping["optimizer"]["kind"] = "adamw"
-  mapping["train"]["batch_size"] = rows
-  mapping["mesh"] |= mesh
-  return Experiment.from_mapping(mapping)
 
 
 @pytest.mark.parametrize("parts", [1, 4])
@@ -141,11 +131,9 @@ def test_the_formulas_are_held_to_a_compiled_step():
   so kinds are not compared.
   """
   experiment = experiment_of(
-    {"preset": "tpu_v5e_16"}, rows=32, dim=1024, num_heads=8, num_layers=4,
-    remat="full", vocab_size=8192,
+    {"preset": "tpu_v5e_16"}, rows=32, row_length=512, dim=1024, num_heads=8,
+    num_layers=4, remat="full", vocab_size=8192,
   )  # fmt: skip
-  data = dataclasses.replace(experiment.data, row_length=512)
-  experiment = dataclasses.replace(experiment, data=data)
   report = next(compile_steps(experiment))
   counts = parameters.count(experiment.model, 8192)
   costs = step_costs(experiment, counts, 8192, report.mesh)

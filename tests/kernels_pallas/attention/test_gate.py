@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels_pallas.attention import api, attention
+from kernels_pallas.attention import api, attention, recorded_choices
 
 NO_TOKAMAX = importlib.util.find_spec("tokamax") is None
 
@@ -53,6 +53,16 @@ def lines(monkeypatch):
   api._log_choice.cache_clear()
   yield found
   api._log_choice.cache_clear()
+
+
+def test_choices_are_recorded_though_they_were_said_before(lines):
+  """Each once, of the block alone."""
+  trace(*shapes())
+  with recorded_choices() as choices:
+    trace(*shapes())
+    trace(*shapes(length=512))
+  trace(*shapes(length=128))
+  assert choices == lines == ["attention: xla_blockwise on cpu"]
 
 
 @pytest.mark.smoke
