@@ -12,17 +12,29 @@ import jax
 import numpy as np
 import pytest
 
-from configs import mot_chameleon, vq_openmoji
-from fusionlab.batch import Vocabulary
+from configs import mot_chameleon, mot_transfusion, vq_openmoji
+from fusionlab.batch import LatentGrid, Vocabulary
 from fusionlab.config import flatten, from_mapping, to_mapping
 from fusionlab.experiment import Experiment
-from fusionlab.models import build_model
-from fusionlab.models.mixture_of_transformers import SIZES
+from fusionlab.models import (
+  build_model,
+  mixture_of_transformers,
+  transfusion,
+)
 from fusionlab.tokenizers.recipe import Recipe
 from fusionlab.train.optimizer import decay_mask, path_name
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
-CONFIGS = {"mot_chameleon": (mot_chameleon.get_config, ("tiny", *SIZES))}
+CONFIGS = {
+  "mot_chameleon": (
+    mot_chameleon.get_config,
+    ("tiny", *mixture_of_transformers.SIZES),
+  ),
+  "mot_transfusion": (
+    mot_transfusion.get_config,
+    ("tiny", *transfusion.SIZES),
+  ),
+}
 CASES = [(name, size) for name, (_, sizes) in CONFIGS.items() for size in sizes]
 DENSE_TINY = ("mot_chameleon", "tiny_dense")
 
@@ -37,8 +49,13 @@ def experiment_of(name: str, size: str) -> Experiment:
 
 def model_of(experiment: Experiment):
   # The packaged tokenizers' ranges, where the config leaves the size to them.
+  latent = experiment.data.image_tokenizer == "kl"
   text = (experiment.model.vocab_size or 4096) - 512
-  vocabulary = Vocabulary(modalities=("text", "image"), sizes=(text, 512))
+  vocabulary = Vocabulary(
+    modalities=("text", "image"),
+    sizes=(text, 1 if latent else 512),
+    grids=(None, LatentGrid(side=16, channels=4, patch=2)) if latent else (),
+  )
   return build_model(experiment.model, vocabulary)
 
 

@@ -49,7 +49,15 @@ class DataConfig:
     " the package",
   )
   image_tokenizer: str = option(
-    "", "VQ file; '' is the one in the package, 'none' trains on text only"
+    "",
+    "file of picture codes (VQ) or latents (KL); '' is the packaged VQ, 'kl' the"
+    " packaged KL autoencoder, 'none' trains on text only",
+  )
+  latent_patch: int = option(
+    0,
+    "latent pixels along a side of a KL autoencoder's patch, k; 0: as its file"
+    " says",
+    minimum=0,
   )
   row_length: int = option(512, "tokens in a row", minimum=8)
   group_rows: int = option(

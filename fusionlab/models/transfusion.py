@@ -59,6 +59,22 @@ class TransfusionConfig(MixtureOfTransformersConfig):
   )
   unet_blocks: int = option(2, "unet: residual blocks of a stage", minimum=1)
 
+  def forward_flops_per_token(self, vocab_size: int, row_length: int) -> float:
+    """Model FLOPs of one token's forward pass; a multiply-add is two.
+
+    As of the causal decoder: what patches see of their own picture beyond
+    themselves is a small part of a row. Patches' own matrices and the U-Net are
+    not counted.
+
+    Args:
+      vocab_size: ids V; `vocab_size` of the config overrides it.
+      row_length: tokens L over which attention looks.
+    """
+    causal = dataclasses.replace(self, causal=True)
+    return super(TransfusionConfig, causal).forward_flops_per_token(
+      vocab_size, row_length
+    )
+
 
 class Transfusion(Transformer):
   """The decoder with patches of latents among its tokens.
