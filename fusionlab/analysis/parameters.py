@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from fusionlab.batch import Vocabulary
+from fusionlab.batch import LatentGrid, Vocabulary
 from fusionlab.models.config import TransformerConfig
 from fusionlab.towers import SHARED, tower_of
 
@@ -35,17 +35,23 @@ def path_name(path: Any) -> str:
   return "/".join(str(getattr(p, "key", getattr(p, "name", p))) for p in path)
 
 
-def count(config: TransformerConfig, vocab_size: int) -> ParameterCount:
+def count(
+  config: TransformerConfig,
+  vocab_size: int,
+  grids: tuple[LatentGrid | None, ...] = (),
+) -> ParameterCount:
   """Counts a model's parameters from their shapes.
 
   Args:
     config: the model's.
     vocab_size: ids V in the tables; `config.vocab_size` overrides it.
+    grids: latents of continuous modalities, see `Vocabulary`.
   """
   from fusionlab.models import MODELS
 
   sizes = (vocab_size,) + (0,) * (len(config.modalities) - 1)
-  model = MODELS.load(config.kind)(config, Vocabulary(config.modalities, sizes))
+  vocabulary = Vocabulary(config.modalities, sizes, grids=grids)
+  model = MODELS.load(config.kind)(config, vocabulary)
   leaves = jax.tree.leaves_with_path(model.abstract_params())
   towers = config.routed_towers
   per_tower = dict.fromkeys((SHARED, *towers.names), 0)

@@ -35,13 +35,13 @@ def render(experiment: Experiment) -> str:
     UserError: a tokenizer file that cannot be read.
   """
   model = experiment.model
-  vocab_size = model.vocab_size
-  if not vocab_size:
-    tokenizers = load_tokenizers(
-      experiment.data.text_tokenizer, experiment.data.image_tokenizer
-    )
-    vocab_size = tokenizers.vocabulary.size
-  counts = parameters.count(model, vocab_size)
+  vocabulary = load_tokenizers(
+    experiment.data.text_tokenizer,
+    experiment.data.image_tokenizer,
+    latent_patch=experiment.data.latent_patch,
+  ).vocabulary
+  vocab_size = model.vocab_size or vocabulary.size
+  counts = parameters.count(model, vocab_size, vocabulary.grids)
   length = experiment.data.row_length
 
   table = Table(title=f"{model.kind}, untie='{model.untie}'")

@@ -156,7 +156,7 @@ def _lowered_for_gpu(experiment: Experiment, preset: Preset) -> Report:
   vocab_size = setup.data.vocabulary.size
   report = report_by_formula(
     setup.experiment,
-    parameters.count(model, vocab_size),
+    parameters.count(model, vocab_size, setup.model.vocabulary.grids),
     model.vocab_size or vocab_size,
     sizes,
     chip(preset.chip),
@@ -206,7 +206,11 @@ def setup_without_data(
   """
   experiment = resolve(experiment, default_group_rows(experiment, mesh))
   config = experiment.data
-  tokenizers = load_tokenizers(config.text_tokenizer, config.image_tokenizer)
+  tokenizers = load_tokenizers(
+    config.text_tokenizer,
+    config.image_tokenizer,
+    latent_patch=config.latent_patch,
+  )
   vocabulary = tokenizers.vocabulary
   model = build_model(experiment.model, vocabulary, config.row_length)
   rules.check_params(model.param_axes(), model.abstract_params(), mesh)
@@ -221,7 +225,13 @@ def setup_without_data(
     group_rows=config.group_rows,
     align=int(np.lcm(config.align, parts)),
   )
-  rows = rows_of(experiment, counts, group_rows=config.group_rows, parts=parts)
+  rows = rows_of(
+    experiment,
+    counts,
+    group_rows=config.group_rows,
+    latent_dim=vocabulary.latent_dim,
+    parts=parts,
+  )
   token_bytes = np.zeros(vocabulary.size, np.int32)
   return (
     Setup(
