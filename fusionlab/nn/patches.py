@@ -37,6 +37,7 @@ class LinearPatches(nn.Module):
   latent_dim: int
 
   def setup(self) -> None:
+    """Declares the parameters of both ways."""
     d, c, f = self.dim, self.latent_dim, TIME_FEATURES
     inner = (axes.CHANNELS, axes.CHANNELS)
     self.time_w1 = weight(self, "time_w1", (f, f), inner, fan_in(f))

@@ -80,6 +80,7 @@ class UNetPatches(nn.Module):
     return tuple(self.channels << i for i in range(self.patch.bit_length()))
 
   def setup(self) -> None:
+    """Declares the parameters of both ways."""
     weights: dict[str, jax.Array] = {}
     d, widths, time = self.dim, self._widths, 4 * self.channels
     last, ch = widths[-1], axes.CHANNELS
