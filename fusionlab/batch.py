@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from fusionlab.errors import UserError
+from fusionlab.errors import UserError, nearest
 from fusionlab.routing import Layout, make_layout
 
 Array = jax.Array | np.ndarray
@@ -173,8 +173,6 @@ class Vocabulary:
       UserError: an unknown modality, with the nearest name.
     """
     if name not in self.modalities:
-      from fusionlab.errors import nearest
-
       raise UserError(
         f"unknown modality {name!r}{nearest(name, self.modalities)}"
       )

@@ -3,23 +3,28 @@
 import jax
 import pytest
 
-from fusionlab.batch import Vocabulary
+from fusionlab.batch import LatentGrid, Vocabulary
 from fusionlab.errors import UserError
 from fusionlab.models import MODELS
 from fusionlab.models.mixture_of_transformers import (
   MixtureOfTransformersConfig,
 )
+from fusionlab.models.transfusion import Transfusion
 from fusionlab.sharding import axes, rules
 from fusionlab.sharding.mesh import MeshConfig, make_mesh
 
 VOCABULARY = Vocabulary(("text", "image"), (48, 16))
+CONTINUOUS = Vocabulary(
+  ("text", "image"), (48, 1), grids=(None, LatentGrid(side=4, channels=2))
+)
 
 
 @pytest.mark.parametrize("kind", sorted(MODELS.entries))
 def test_every_parameter_axis_is_named(kind):
   """No unnamed axis, no unknown name, no mesh axis twice in one array."""
   cls = MODELS.load(kind)
-  model = cls(cls.Config(), VOCABULARY)
+  continuous = issubclass(cls, Transfusion)
+  model = cls(cls.Config(), CONTINUOUS if continuous else VOCABULARY)
   shapes = model.abstract_params()
 
   def check(names, leaf):
