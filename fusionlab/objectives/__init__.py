@@ -9,7 +9,10 @@ from fusionlab.registry import Registry
 
 OBJECTIVES = Registry(
   "objective",
-  {"next_token": "fusionlab.objectives.next_token:NextToken"},
+  {
+    "next_token": "fusionlab.objectives.next_token:NextToken",
+    "next_token_diffusion": "fusionlab.objectives.diffusion:NextTokenDiffusion",
+  },
 )
 
 

@@ -66,6 +66,18 @@ class NextToken:
     self.vocabulary = vocabulary
     self.token_bytes = np.asarray(token_bytes, np.float32)
 
+  def balance(self, batch: Batch) -> Batch:
+    """The batch with weights of whose sum "loss" is the mean: these are.
+
+    What is minimised is one mean over the whole batch of a step. An objective
+    that is a sum of several scales its weights here, once, before the batch is
+    split into microbatches.
+
+    Args:
+      batch: all rows of a step.
+    """
+    return batch
+
   def __call__(
     self,
     model: Any,
@@ -95,11 +107,19 @@ class NextToken:
     if train and self.config.word_dropout and dropout_key is not None:
       batch = self._drop_words(batch, jax.random.fold_in(dropout_key, 1))
     hidden = model.apply({"params": params}, batch, train=train, rngs=rngs)
+    return self._score(model, params, hidden, batch)
+
+  def _score(
+    self, model: Any, params: Any, hidden: jax.Array, batch: Batch
+  ) -> dict[str, Mean]:
+    """Scores the next tokens of hidden states [B, L, d]."""
     row = (axes.ACT_BATCH,)
     if batch.stored is not None:
       row = (axes.ACT_BATCH, axes.ACT_LENGTH)
-    table = model.unembedding(params)
-    scored: Any = _scored(self, row, hidden, table, batch.target, batch.weight)
+    table, weight = model.unembedding(params), batch.weight
+    if batch.span is not None:  # weights there are not of next tokens
+      weight = jnp.where(batch.span > 0, 0.0, weight)
+    scored: Any = _scored(self, row, hidden, table, batch.target, weight)
     loss, sums = scored
     names = self.vocabulary.modalities
     nll, weight = sums["nll"], sums["weight"]
@@ -109,6 +129,8 @@ class NextToken:
     }
     one = jnp.ones((), jnp.float32)
     for i, name in enumerate(names):
+      if i in self.vocabulary.continuous:
+        continue  # such a target says nothing
       means[f"loss/{name}"] = Mean(nll[i], weight[i])
       means[f"accuracy/{name}"] = Mean(sums["correct"][i], weight[i])
       means[f"tokens/{name}"] = Mean(weight[i], one)
@@ -118,7 +140,7 @@ class NextToken:
     return means
 
   def _drop_words(self, batch: Batch, key: jax.Array) -> Batch:
-    """Replaces some inputs; targets stay."""
+    """Replaces some inputs; targets stay, and continuous positions: one id."""
     vocabulary = self.vocabulary
     which, what, rates = jax.random.split(key, 3)
     modality, segment = jnp.asarray(batch.modality), jnp.asarray(batch.segment)

@@ -68,12 +68,13 @@ def make_train_step(
   Args:
     model: passed to the objective.
     objective: `(model, params, batch, *, train, dropout_key)` → dict of Means,
-      of which `loss` is minimised.
+      of which `loss` is minimised. Where it has `balance`, that is applied once
+      to the whole batch, before it is split into microbatches.
     optimizer: an optax transformation; it is given `step=` where it takes
       extra arguments.
     schedule: the learning rate, for the metric of that name only.
-    dropout_seed: seed of the dropout stream, into which step and microbatch are
-      folded; None for a model without dropout.
+    dropout_seed: seed of the stream of dropout and of what the objective draws,
+      into which step and microbatch are folded; None where nothing is drawn.
     ema_decay: decay of the moving average in `state.ema`, where there is one.
     accumulate: microbatches of one step.
     on_nonfinite: 'skip' keeps the old parameters and moments of a step whose
@@ -92,6 +93,7 @@ def make_train_step(
     `skipped`, `learning_rate`.
   """
   optimizer = optax.with_extra_args_support(optimizer)
+  balance = getattr(objective, "balance", lambda batch: batch)
   shards = 1 if mesh is None else rules.data_shards(mesh)
   if shardings is not None and trained_shardings is None:
     trained_shardings = shardings.params
@@ -141,7 +143,7 @@ def make_train_step(
     key = None
     if dropout_seed is not None:
       key = jax.random.fold_in(stream(dropout_seed, "dropout"), state.step)
-    grads, means = accumulated(state.params, batch, key)
+    grads, means = accumulated(state.params, balance(batch), key)
     count = jnp.maximum(means["loss"].count, 1)
     grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
     norm = optax.tree.norm(grads)
