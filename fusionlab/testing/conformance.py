@@ -4,7 +4,8 @@
 
 DIR holds `.npz` files of cases, keys `<case>/<what>`: inputs, `cfg/…`, published
 weights `w/<name>`, `out` (and `out_f64`), and gradients `grad/<name>` of
-sum(out · cotangent). A file's name says which system it is of.
+sum(out · cotangent). A file's name says which system it is of; `transfusion` has
+keys of its own. What a system does by another convention is said, not compared.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from fusionlab.nn.attention import Attention, Visibility
 from fusionlab.nn.feed_forward import FeedForward
 from fusionlab.nn.norms import RMSNorm
 from fusionlab.routing import Router, make_layout, make_router
+from fusionlab.testing.transfusion import transfusion_case
 from fusionlab.towers import UNTIE_NAMES, Towers
 
 Case = Mapping[str, np.ndarray]
@@ -64,7 +66,9 @@ class Result:
     error: largest |ours − theirs|.
     tolerance: what it was held to.
     passed: whether every element is within it.
-    reason: why the case could not be run; '' where it was.
+    reason: why the case could not be run, or the quantity is not compared; ''
+      where it was.
+    other: whether it is of another convention, neither passed nor failed.
   """
 
   case: str
@@ -73,6 +77,14 @@ class Result:
   tolerance: Tolerance
   passed: bool
   reason: str = ""
+  other: bool = False
+
+  @property
+  def verdict(self) -> str:
+    """'passed', 'FAILED' or 'not compared'."""
+    if self.other:
+      return "not compared"
+    return "passed" if self.passed else "FAILED"
 
 
 class AttentionWithNorm(nn.Module):
@@ -294,9 +306,11 @@ def _compare(
   return pairs
 
 
-RUNNERS: Mapping[str, Callable[[Case], dict[str, tuple[Any, Any]]]] = {
+# A quantity has a pair, or a reason why it is not compared.
+RUNNERS: Mapping[str, Callable[[Case], Mapping[str, tuple[Any, Any] | str]]] = {
   "mot_attention": attention_case,
   "mot_ffn": feed_forward_case,
+  "transfusion": transfusion_case,
 }
 
 
@@ -354,9 +368,13 @@ def _run_case(system: str, full: str, case: Case) -> list[Result]:
     reason = " ".join(reason.split())[:300]
     return [Result(full, "", float("nan"), OUTPUT, False, reason)]
   results = []
-  for quantity, (ours, theirs) in pairs.items():
-    tolerance = OUTPUT if quantity == "out" else GRADIENT
-    ours, theirs = (np.asarray(a, np.float64) for a in (ours, theirs))
+  for quantity, pair in pairs.items():
+    if isinstance(pair, str):
+      nan = float("nan")
+      results.append(Result(full, quantity, nan, OUTPUT, False, pair, True))
+      continue
+    tolerance = GRADIENT if quantity.startswith("grad/") else OUTPUT
+    ours, theirs = (np.asarray(a, np.float64) for a in pair)
     error = np.abs(ours - theirs)
     allowed = tolerance.absolute + tolerance.relative * np.abs(theirs)
     passed = bool((error <= allowed).all())
@@ -399,19 +417,20 @@ def main(argv: Sequence[str] | None = None) -> int:
   for column in ("case", "quantity", "largest error", "tolerance", "verdict"):
     table.add_column(column, no_wrap=column != "quantity", overflow="fold")
   for r in results:
-    verdict = "passed" if r.passed else "FAILED"
     if r.reason:
-      said = escape(f"cannot be run: {r.reason}")
-      table.add_row(r.case, said, "", "", verdict)
+      said = escape(f"{r.quantity or 'cannot be run'}: {r.reason}")
+      table.add_row(r.case, said, "", "", r.verdict)
       continue
     error = f"{r.error:.1e}"
-    table.add_row(r.case, r.quantity, error, str(r.tolerance), verdict)
+    table.add_row(r.case, r.quantity, error, str(r.tolerance), r.verdict)
   for stem in missing:
     table.add_row(stem, "", "", "", "not built")
   Console(width=132).print(table)
   passed = sum(r.passed for r in results)
-  failed = len(results) - passed
-  print(f"{passed} passed, {failed} failed, {len(missing)} not built")
+  others = sum(r.other for r in results)
+  failed = len(results) - passed - others
+  said = f"{passed} passed, {failed} failed, {len(missing)} not built"
+  print(f"{said}, {others} not compared" if others else said)
   return int(failed > 0)
 
 
