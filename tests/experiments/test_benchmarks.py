@@ -1,15 +1,12 @@
 """The benchmarks run, at sizes that measure nothing."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
 from experiments.benchmarks.timing import Quartiles, interleaved, ratios
+from tests.train import processes
 
-ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
 from configs import mot_chameleon
 
@@ -23,21 +20,24 @@ def get_config():
 """
 
 
-def program(name: str, *words: str) -> subprocess.CompletedProcess:
-  return subprocess.run(
-    [sys.executable, "-m", f"experiments.benchmarks.{name}", *words],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=300,
-    check=False,
+@pytest.fixture
+def program(tmp_path):
+  """Runs a benchmark as a command."""
+  return lambda name, *words: processes.command(
+    tmp_path, f"experiments.benchmarks.{name}", *words
   )
 
 
-def result(name: str, *words: str) -> dict:
-  done = program(name, *words, "--repeats=2", "--json")
-  assert done.returncode == 0, done.stderr
-  return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture
+def result(program):
+  """Runs a benchmark and returns its last line."""
+
+  def run(name: str, *words: str) -> dict:
+    done = program(name, *words, "--repeats=2", "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+  return run
 
 
 def test_turns_are_shuffled_and_counted_alike():
@@ -63,7 +63,7 @@ def test_a_ratio_is_taken_within_its_round():
   assert Quartiles.of([3.0]) == Quartiles(3.0, 3.0, 3.0)
 
 
-def test_routed_step_measures_every_variant():
+def test_routed_step_measures_every_variant(result):
   """The last line has the ratio that the bar is about, and every case."""
   found = result(
     "routed_step", "--dim=16", "--layers=1", "--heads=2", "--rows=1",
@@ -79,7 +79,7 @@ def test_routed_step_measures_every_variant():
   assert found["environment"]["devices"]["kind"] == "cpu"
 
 
-def test_attention_is_measured_by_implementation():
+def test_attention_is_measured_by_implementation(result):
   """The gate's own and jax.nn's, with packed documents."""
   found = result("attention", "--shapes=1x48x2x8", "--documents=3")
   assert set(found["cases"]) == {
@@ -87,7 +87,7 @@ def test_attention_is_measured_by_implementation():
   }
 
 
-def test_generation_is_measured_against_recomputing():
+def test_generation_is_measured_against_recomputing(result):
   found = result(
     "generation", "--shapes=2x192", "--dim=32", "--layers=1"
   )  # fmt: skip
@@ -95,7 +95,7 @@ def test_generation_is_measured_against_recomputing():
   assert found["cases"]["cached 2x192"]["over_recomputed"]["median"] > 0
 
 
-def test_train_step_compares_configs(tmp_path):
+def test_train_step_compares_configs(result, tmp_path):
   """Each with its own overrides, on data through the loader."""
   file = tmp_path / "small.py"
   file.write_text(CONFIG)
@@ -120,7 +120,7 @@ def test_train_step_compares_configs(tmp_path):
     ("attention", ["--shapes=2x3"], "'2x3' must be like 2x1024x8x64"),
   ],
 )
-def test_a_mistake_is_one_line(name, words, said):
+def test_a_mistake_is_one_line(program, name, words, said):
   """As on the main command line."""
   done = program(name, *words)
   assert done.returncode == 2

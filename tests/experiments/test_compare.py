@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 
@@ -14,7 +12,7 @@ from experiments.compare import Comparison
 from fusionlab.config import from_mapping, to_mapping
 from fusionlab.errors import ConfigError, UserError
 from fusionlab.train import setup
-from tests.train import fakes
+from tests.train import fakes, processes
 
 
 def comparison_of(folder, **changes) -> Comparison:
@@ -127,11 +125,9 @@ def test_the_shipped_comparison_is_one_of_equal_flops():
 
 def test_a_misspelt_key_is_one_line_and_nothing_is_written(tmp_path):
   words = ["--config=configs/compare_mot.py", "--config.seds=1"]
-  result = subprocess.run(
-    [sys.executable, "-m", "experiments.compare", *words,
-     f"--workdir={tmp_path}/w"],
-    capture_output=True, text=True, check=False,
-  )  # fmt: skip
+  result = processes.command(
+    tmp_path, "experiments.compare", *words, f"--workdir={tmp_path}/w"
+  )
   assert result.returncode == 2
   assert result.stderr.strip() == (
     "error: unknown key config.seds, did you mean 'seeds'?"

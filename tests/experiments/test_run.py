@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from absl import flags
 from experiments import run
 from experiments.command_line import define_flags, load_config, parse
 from fusionlab.errors import UserError
+from tests.train import processes
 
 ROOT = pathlib.Path(__file__).parents[2]
 MOT = "--config=configs/mot_chameleon.py"
@@ -291,22 +291,17 @@ def test_debug_shows_the_traceback():
     run.guarded(failing(UserError("x")), debug=True)
 
 
-def command(*words: str) -> subprocess.CompletedProcess:
-  return subprocess.run(
-    [sys.executable, "-m", "experiments.run", *words],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-    env={**os.environ, "XLA_FLAGS": ""},
-    timeout=120,
-    check=False,
-  )
-
-
 @pytest.mark.smoke
 def test_the_process_exits_with_2_and_one_line():
   start = time.monotonic()
-  done = command(MOT, "--config.model.dmi=3")
+  done = subprocess.run(
+    [sys.executable, "-m", "experiments.run", MOT, "--config.model.dmi=3"],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    timeout=120,
+    check=False,
+  )
   assert done.returncode == 2
   assert done.stdout == ""
   assert done.stderr.startswith("error: unknown key config.model.dmi")
@@ -340,15 +335,18 @@ def test_modes_exit_with_2_and_one_line(tmp_path, capsys, words, said):
   assert said in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_the_process_shows_a_traceback_with_debug():
-  done = command(MOT, "--debug", "--config.model.dmi=3")
+def test_the_process_shows_a_traceback_with_debug(tmp_path):
+  words = [MOT, "--debug", "--config.model.dmi=3"]
+  done = processes.command(tmp_path, "experiments.run", *words)
   assert done.returncode != 0
   assert "Traceback" in done.stderr
   assert "ConfigError" in done.stderr
 
 
-def test_summary_of_a_large_size_runs_where_it_could_not_train():
-  done = command(f"{MOT}:7b", "--mode=summary")
+def test_summary_of_a_large_size_runs_where_it_could_not_train(tmp_path):
+  words = [f"{MOT}:7b", "--mode=summary"]
+  # One device, as a laptop has.
+  done = processes.command(tmp_path, "experiments.run", *words, XLA_FLAGS="")
   assert done.returncode == 0, done.stderr
   assert "13,489,430,528" in done.stdout or "13.49" in done.stdout
 
@@ -358,22 +356,14 @@ CHECKPOINT = ROOT / "tests" / "train" / "fixtures" / "checkpoint_v1"
 
 def test_generate_writes_what_the_checkpoint_makes(tmp_path):
   """A picture and a text from the checkpoint of the first version."""
-  done = subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "experiments.run",
-      "--mode=generate",
-      f"--workdir={CHECKPOINT}",
-      "--prompt=a",
-      "--max_new_tokens=8",
-      f"--out={tmp_path / 'out'}",
-    ],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=300,
-    check=False,
+  done = processes.command(
+    tmp_path,
+    "experiments.run",
+    "--mode=generate",
+    f"--workdir={CHECKPOINT}",
+    "--prompt=a",
+    "--max_new_tokens=8",
+    f"--out={tmp_path / 'out'}",
   )
   assert done.returncode == 0, done.stderr
   assert f"written: {tmp_path / 'out'}" in done.stdout.replace("\n", "")

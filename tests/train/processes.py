@@ -1,7 +1,11 @@
-"""Training processes to be killed: forked from a server that has imported."""
+"""Processes of tests, forked from a server that has imported."""
 
 import multiprocessing
+import os
+import runpy
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,9 +19,56 @@ _CONTEXT.set_forkserver_preload(
     "tests.train.fakes",
     "fusionlab.train.loop",
     "fusionlab.data.opening",
+    "fusionlab.analysis.summary",
+    "fusionlab.generation.sampler",
     "experiments.run",
+    "experiments.compare",
   ]
 )
+ROOT = Path(__file__).parents[2]
+
+
+def command(
+  folder: Path, module: str, *words: str, **environ: str
+) -> subprocess.CompletedProcess:
+  """Runs `python -m module words` in the repository, to its end.
+
+  Args:
+    folder: for what it prints.
+    module: with a `__main__`.
+    words: of the command line.
+    environ: variables that differ from this process's.
+
+  Returns:
+    Exit code and what was printed, as text.
+  """
+  files = [folder / name for name in ("stdout.txt", "stderr.txt")]
+  process = _CONTEXT.Process(
+    target=_run_module, args=(module, words, files, environ)
+  )
+  process.start()
+  process.join(300)
+  if process.is_alive():
+    process.kill()
+    raise TimeoutError(f"{module} did not end: {files[1].read_text()}")
+  return subprocess.CompletedProcess(
+    [module, *words], process.exitcode, *(file.read_text() for file in files)
+  )
+
+
+def _run_module(module, words, files, environ) -> None:
+  """What `python -m` does, printing to files."""
+  sys.stdout, sys.stderr = (
+    open(file, "w", buffering=1)  # noqa: SIM115
+    for file in files
+  )
+  os.dup2(sys.stdout.fileno(), 1)
+  os.dup2(sys.stderr.fileno(), 2)
+  os.environ.update(environ)
+  os.chdir(ROOT)
+  sys.argv = [module, *words]
+  sys.modules.pop(module, None)
+  runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def start(folder: Path, workdir: Path, flat=None, **options):
