@@ -87,7 +87,7 @@ def test_the_true_target_gives_the_data(process):
   np.testing.assert_allclose(found, x0, atol=3e-5)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 50, 1000])
+@pytest.mark.parametrize("steps", [1, 7, 1000])
 @pytest.mark.parametrize(("process", "sampler", "eta"), SAMPLERS)
 def test_sampling_with_the_true_prediction_returns_the_data(
   process, sampler, eta, steps
