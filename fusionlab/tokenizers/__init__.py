@@ -3,21 +3,26 @@
 import dataclasses
 from pathlib import Path
 
-from fusionlab.batch import Vocabulary
+from fusionlab.batch import LatentGrid, Vocabulary
 from fusionlab.errors import UserError
 from fusionlab.tokenizers import storage
 from fusionlab.tokenizers.image import ImageTokenizer
+from fusionlab.tokenizers.latents import LatentTokenizer
+from fusionlab.tokenizers.picture_file import MAKER, read_entry
 from fusionlab.tokenizers.text import TextTokenizer
 
 __all__ = [
   "ImageTokenizer",
+  "LatentTokenizer",
   "TextTokenizer",
   "Tokenizers",
+  "load_picture_tokenizer",
   "load_tokenizers",
   "make_tokenizers",
 ]
 
 NO_IMAGE = "none"
+KL_IMAGE = "kl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,24 +31,27 @@ class Tokenizers:
 
   Attributes:
     text: text ids; its range comes first and holds the special ids.
-    image: picture codes; their range follows. None where there is text only.
+    image: picture codes, whose range follows, or continuous latents, whose one
+      id does. None where there is text only.
     vocabulary: the ranges.
     hash: SHA-256 of the files' hashes, 64 hex digits.
   """
 
   text: TextTokenizer
-  image: ImageTokenizer | None
+  image: ImageTokenizer | LatentTokenizer | None
   vocabulary: Vocabulary
   hash: str
 
   @property
   def block_lengths(self) -> tuple[int, ...]:
-    """Codes of one block of each modality; 0 for text."""
+    """Positions of one block of each modality; 0 for text."""
     if self.image is None:
       return (0,)
+    if isinstance(self.image, LatentTokenizer):
+      return (0, self.image.grid.positions)
     return (0, self.image.codes_per_image)
 
-  def pictures(self, what: str) -> ImageTokenizer:
+  def pictures(self, what: str) -> ImageTokenizer | LatentTokenizer:
     """The image tokenizer, for what cannot do without.
 
     Args:
@@ -88,7 +96,7 @@ class Tokenizers:
 
 
 def make_tokenizers(
-  text: TextTokenizer, image: ImageTokenizer | None = None
+  text: TextTokenizer, image: ImageTokenizer | LatentTokenizer | None = None
 ) -> Tokenizers:
   """Puts tokenizers into one vocabulary.
 
@@ -103,15 +111,22 @@ def make_tokenizers(
       text, None, vocabulary, storage.sha256(text.hash.encode())
     )
   text = text.with_picture_borders()
+  continuous = isinstance(image, LatentTokenizer)
   vocabulary = _vocabulary(
-    ("text", "image"), (text.vocab_size, image.codebook_size), text
+    ("text", "image"),
+    (text.vocab_size, 1 if continuous else image.codebook_size),
+    text,
+    (None, image.grid) if continuous else (),
   )
   both = storage.sha256((text.hash + image.hash).encode())
   return Tokenizers(text, image, vocabulary, both)
 
 
 def _vocabulary(
-  modalities: tuple[str, ...], sizes: tuple[int, ...], text: TextTokenizer
+  modalities: tuple[str, ...],
+  sizes: tuple[int, ...],
+  text: TextTokenizer,
+  grids: tuple[LatentGrid | None, ...] = (),
 ) -> Vocabulary:
   special = text.specials
   borders = len(modalities) - 1
@@ -123,20 +138,73 @@ def _vocabulary(
     eos=special.eos,
     begin=(0, *(special.boi or 0,) * borders),
     end=(0, *(special.eoi or 0,) * borders),
+    grids=grids,
   )
 
 
-def load_tokenizers(text_path: str = "", image_path: str = "") -> Tokenizers:
+def load_tokenizers(
+  text_path: str = "", image_path: str = "", *, latent_patch: int = 0
+) -> Tokenizers:
   """Reads both tokenizers; '' is the packaged file.
 
   Args:
     text_path: see `TextTokenizer.load`.
-    image_path: see `ImageTokenizer.load`; 'none' is text only.
+    image_path: see `load_picture_tokenizer`; 'none' is text only.
+    latent_patch: see `load_picture_tokenizer`.
 
   Raises:
-    UserError: a file is missing or is not a tokenizer.
+    UserError: a file is missing or is not a tokenizer, or has no patches of
+      latents where their size is given.
   """
   text = TextTokenizer.load(text_path)
   if image_path == NO_IMAGE:
+    if latent_patch:
+      raise UserError(_no_latents(latent_patch, "text alone"))
     return make_tokenizers(text)
-  return make_tokenizers(text, ImageTokenizer.load(image_path))
+  image = load_picture_tokenizer(image_path, latent_patch=latent_patch)
+  return make_tokenizers(text, image)
+
+
+def load_picture_tokenizer(
+  path: str = "", *, latent_patch: int = 0
+) -> ImageTokenizer | LatentTokenizer:
+  """Reads a picture tokenizer of either kind.
+
+  Args:
+    path: '' is the packaged file of codes, 'kl' the packaged one of continuous
+      latents; any other file says itself which it is.
+    latent_patch: latents along a side of a position, in place of the file's; 0
+      keeps it.
+
+  Raises:
+    UserError: no such file, neither kind, or a patch that does not fit: one that
+      does not divide the side, or one for codes.
+  """
+  if path in ("", KL_IMAGE):
+    image = LatentTokenizer.load() if path else ImageTokenizer.load()
+  else:
+    kind, known = "picture tokenizer", (ImageTokenizer, LatentTokenizer)
+    content, name = storage.read(path, kind), repr(path)
+    verbs = " or ".join(cls.verb for cls in known)
+    remedy = f"make one with {MAKER} {verbs}"
+    found = read_entry(content, name, kind, remedy)["format"]
+    cls = {cls.format: cls for cls in known}.get(found)
+    if cls is None:
+      formats = " and ".join(repr(cls.format) for cls in known)
+      raise UserError(
+        f"{kind}: {name} has format {found!r}, this version reads {formats};"
+        f" {remedy}"
+      )
+    image = cls(content, name)
+  if not latent_patch:
+    return image
+  if isinstance(image, ImageTokenizer):
+    raise UserError(_no_latents(latent_patch, "picture codes"))
+  return image.with_patch(latent_patch)
+
+
+def _no_latents(latent_patch: int, found: str) -> str:
+  return (
+    f"latent_patch={latent_patch} is for continuous latents, not for {found};"
+    f" leave it at 0, or set image_tokenizer={KL_IMAGE!r}"
+  )

@@ -1,12 +1,15 @@
 """Makes and measures tokenizer files.
 
-  python -m fusionlab.tokenizers train-text  --config=FILE --output=FOLDER
-  python -m fusionlab.tokenizers train-image --config=FILE --output=FOLDER
+  python -m fusionlab.tokenizers train-text    --config=FILE --output=FOLDER
+  python -m fusionlab.tokenizers train-image   --config=FILE --output=FOLDER
+  python -m fusionlab.tokenizers train-latents --config=FILE --output=FOLDER
   python -m fusionlab.tokenizers report --config=FILE [--text=F] [--image=F]
+                                                      [--latents=F]
 
 `--config` defaults to configs/vq_openmoji.py; single settings are changed as in
-`--config.image_train.num_steps=100`. The first two write text.json or
-image.safetensors, and beside it text.report.json or image.report.json.
+`--config.image_train.num_steps=100`. The first three write text.json,
+image.safetensors (picture codes) or latents.safetensors (continuous pictures),
+and beside it text.report.json, image.report.json or latents.report.json.
 """
 
 import json
@@ -20,12 +23,12 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from fusionlab.config import from_mapping, to_mapping
+from fusionlab.config import from_mapping
 from fusionlab.errors import UserError, nearest
+from fusionlab.tokenizers import image_training, latent_training, storage
 from fusionlab.tokenizers import recipe as recipes
-from fusionlab.tokenizers import storage
 from fusionlab.tokenizers.image import ImageTokenizer
-from fusionlab.tokenizers.image_training import measure, train
+from fusionlab.tokenizers.latents import LatentTokenizer
 from fusionlab.tokenizers.recipe import Recipe
 from fusionlab.tokenizers.text import TextTokenizer
 
@@ -75,40 +78,50 @@ def train_text(recipe: Recipe, values: dict) -> None:
 
 
 def train_image(recipe: Recipe, values: dict) -> None:
-  """Trains the picture tokenizer and writes it with its report."""
+  """Trains the tokenizer of picture codes and writes it with its report."""
   output = storage.prepare_folder(values["output"])
-  groups = recipes.gather_pictures(recipe)
-  pictures = [p for g, ps in groups.items() if recipes.is_train(g) for p in ps]
-  if not pictures:
-    raise UserError(
-      "config.sources has no pictures to train on; add a source with pictures,"
-      " e.g. --config.sources.openmoji.kind=openmoji"
-    )
-  notes = {
-    "sources": recipes.fingerprints(recipe),
-    "training": to_mapping(recipe.image_train),
-    "licence": recipes.licence(recipe),
-  }
-  tokenizer = train(np.stack(pictures), recipe.image, recipe.image_train, notes)
-  report = {group: measure(tokenizer, ps) for group, ps in groups.items()}
+  sizes, training = recipe.image, recipe.image_train
+  groups = recipes.gather_pictures(recipe, sizes.image_size)
+  notes = recipes.notes(recipe, training)
+  tokenizer = image_training.train(_train_of(groups), sizes, training, notes)
+  report = {g: image_training.measure(tokenizer, p) for g, p in groups.items()}
   tokenizer.save(output / storage.IMAGE_FILE)
   _publish(report, output / "image.report.json", tokenizer.hash)
+
+
+def train_latents(recipe: Recipe, values: dict) -> None:
+  """Trains the tokenizer of continuous latents; writes it with its report."""
+  output = storage.prepare_folder(values["output"])
+  sizes, training = recipe.latents, recipe.latent_train
+  groups = recipes.gather_pictures(recipe, sizes.image_size)
+  notes = recipes.notes(recipe, training)
+  tokenizer = latent_training.train(_train_of(groups), sizes, training, notes)
+  report = {g: latent_training.measure(tokenizer, p) for g, p in groups.items()}
+  tokenizer.save(output / storage.LATENT_FILE)
+  _publish(report, output / "latents.report.json", tokenizer.hash)
 
 
 def report(recipe: Recipe, values: dict) -> None:
   """Measures tokenizer files on the sources; '' is the packaged one."""
   text = TextTokenizer.load(values["text"])
   image = ImageTokenizer.load(values["image"])
+  latents = LatentTokenizer.load(values["latents"])
   _publish(_measure_text(text, recipes.gather_texts(recipe)), None, text.hash)
-  groups = recipes.gather_pictures(recipe)
-  measured = {group: measure(image, ps) for group, ps in groups.items()}
-  if measured:  # sources of text alone have no pictures to measure
-    _publish(measured, None, image.hash)
+  groups = recipes.gather_pictures(recipe, image.image_size)
+  if not groups:  # sources of text alone have no pictures to measure
+    return
+  codes = {g: image_training.measure(image, p) for g, p in groups.items()}
+  _publish(codes, None, image.hash)
+  if latents.image_size != image.image_size:
+    groups = recipes.gather_pictures(recipe, latents.image_size)
+  means = {g: latent_training.measure(latents, p) for g, p in groups.items()}
+  _publish(means, None, latents.hash)
 
 
 VERBS = {
   "train-text": train_text,
   "train-image": train_image,
+  "train-latents": train_latents,
   "report": report,
 }
 
@@ -124,9 +137,10 @@ def _parse(argv: Sequence[str]) -> tuple[dict, bool]:
     "config", None, "file with get_config()", flag_values=values, sys_argv=argv
   )
   for name, text in (
-    ("output", "folder for the tokenizer file (train-text, train-image)"),
+    ("output", "folder for the tokenizer file (all but report)"),
     ("text", "text tokenizer to report on; '' is the packaged one"),
-    ("image", "picture tokenizer to report on; '' is the packaged one"),
+    ("image", "tokenizer of picture codes to report on; '' as above"),
+    ("latents", "tokenizer of latents to report on; '' as above"),
   ):
     flags.DEFINE_string(name, "", text, flag_values=values)
   flags.DEFINE_bool("debug", False, "show tracebacks", flag_values=values)
@@ -161,6 +175,17 @@ def _parse(argv: Sequence[str]) -> tuple[dict, bool]:
     )
   parsed = {name: values[name].value for name in values}
   return parsed | {"verb": rest[0]}, bool(values["debug"].value)
+
+
+def _train_of(groups: dict[str, np.ndarray]) -> np.ndarray:
+  """The pictures that may be learned from."""
+  pictures = [p for g, p in groups.items() if recipes.is_train(g)]
+  if not pictures:
+    raise UserError(
+      "config.sources has no pictures to train on; add a source with pictures,"
+      " e.g. --config.sources.openmoji.kind=openmoji"
+    )
+  return np.concatenate(pictures)
 
 
 def _measure_text(

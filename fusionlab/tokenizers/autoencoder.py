@@ -11,18 +11,15 @@ nearest of K code vectors (VQ-VAE: van den Oord et al. 2017, arXiv:1711.00937,
 import abc
 import dataclasses
 import functools
-from typing import TypeVar, cast
+from typing import cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fusionlab.config import option
 from fusionlab.errors import ConfigError
-
-AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
 from fusionlab.nn.functional.patches import depth_to_space, space_to_depth
 
 

@@ -1,85 +1,40 @@
 """Picture ids: a vector-quantised autoencoder read from one small file."""
 
 import functools
-import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
-from flax import traverse_util
 from jaxtyping import Int, Shaped, UInt8
 
-from fusionlab.config import from_mapping, to_mapping
 from fusionlab.errors import UserError
 from fusionlab.tokenizers import storage
 from fusionlab.tokenizers.autoencoder import (
   ImageConfig,
-  init_params,
   latents_of,
   nearest_code,
   pixels_of,
 )
-
-FORMAT = "fusionlab.image_tokenizer.1"
-CHUNK = 64
-_REMEDY = "make one with python -m fusionlab.tokenizers train-image"
+from fusionlab.tokenizers.picture_file import PictureTokenizer, in_chunks
 
 
-class ImageTokenizer:
+class ImageTokenizer(PictureTokenizer[ImageConfig]):
   """Turns pictures into a grid of codes, row by row, and back.
 
-  The file is safetensors: 16-bit weights, and one metadata entry "fusionlab"
-  that holds JSON with "format", "config" and whatever "notes" its maker left.
+  The weights are stored in 16 bit; see `PictureTokenizer` for the file.
 
   Attributes:
-    config: sizes.
     codebook_size: number of codes.
     codes_per_image: codes of one picture.
-    image_size: height and width of a picture in pixels.
-    notes: how the file was made.
-    hash: SHA-256 of the file, 64 hex digits.
   """
 
-  def __init__(self, content: bytes, name: str = "given content"):
-    """Reads a tokenizer from the content of its file.
-
-    Args:
-      content: what `save` writes.
-      name: where it came from, for messages.
-
-    Raises:
-      UserError: not a safetensors file, truncated, of another kind, or with
-        other tensors than its config says.
-    """
-    metadata, tensors = _parse(content, name)
-    self.config: ImageConfig = from_mapping(
-      ImageConfig, metadata["config"], f"{name} config"
-    )
-    _check_tensors(self.config, tensors, name)
-    self.notes: dict[str, Any] = metadata.get("notes", {})
-    self.codebook_size: int = self.config.codebook_size
-    self.codes_per_image: int = self.config.codes_side**2
-    self.image_size: int = self.config.image_size
-    self.hash: str = storage.sha256(content)
-    self._content = content
-    weights = {k: jnp.asarray(v, jnp.float32) for k, v in tensors.items()}
-    self._codebook = weights.pop("codebook")
-    self._params = traverse_util.unflatten_dict(weights, sep=".")
-
-  @classmethod
-  def load(cls, path: str = "") -> "ImageTokenizer":
-    """Reads a tokenizer file; '' is the packaged one.
-
-    Raises:
-      UserError: no such file, or see `__init__`.
-    """
-    file = path or storage.packaged(storage.IMAGE_FILE)
-    return cls(storage.read(file, "image tokenizer"), repr(str(file)))
+  kind = "image tokenizer"
+  format = "fusionlab.image_tokenizer.1"
+  verb = "train-image"
+  packaged = storage.IMAGE_FILE
+  _config_type = ImageConfig
 
   @classmethod
   def from_params(
@@ -97,18 +52,8 @@ class ImageTokenizer:
       codebook: code vectors [codebook_size, code_dim].
       notes: JSON-ready; kept in the file.
     """
-    tensors = dict(traverse_util.flatten_dict(params, sep="."))
-    tensors["codebook"] = codebook
-    tensors = {k: np.asarray(v, np.float16) for k, v in tensors.items()}
-    # One entry: the library writes several in an order of its own, and equal
-    # weights shall give an equal hash.
-    entry = {
-      "format": FORMAT,
-      "config": to_mapping(config),
-      "notes": notes or {},
-    }
-    metadata = {"fusionlab": json.dumps(entry, sort_keys=True)}
-    return cls(safetensors.numpy.save(tensors, metadata))
+    extra = {"codebook": np.asarray(codebook, np.float16)}
+    return cls._pack(config, params, extra, notes)
 
   def encode(
     self, images: Shaped[np.ndarray, "N H W 3"]
@@ -121,14 +66,8 @@ class ImageTokenizer:
     Raises:
       UserError: another dtype or shape.
     """
-    size = self.image_size
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3):
-      raise UserError(
-        f"image tokenizer: pictures are {images.dtype}{list(images.shape)};"
-        f" give uint8[N, {size}, {size}, 3]"
-      )
-    codes = _in_chunks(self._bound(_encode_chunk), images)
+    images = self._check_pictures(images)
+    codes = in_chunks(self._bound(_encode_chunk), images)
     return codes.reshape(len(images), self.codes_per_image).astype(np.int32)
 
   def decode(
@@ -159,16 +98,17 @@ class ImageTokenizer:
         f" subtract the offset of the image range from ids first"
       )
     size = self.image_size
-    pixels = _in_chunks(self._bound(_decode_chunk), codes.astype(np.int32))
+    pixels = in_chunks(self._bound(_decode_chunk), codes.astype(np.int32))
     return pixels.reshape(len(codes), size, size, 3).astype(np.uint8)
 
-  def save(self, path: str | Path) -> None:
-    """Writes the file, whole or not at all; `load` gives the same hash.
+  def _extra_shapes(self) -> dict[str, tuple[int, ...]]:
+    return {"codebook": (self.config.codebook_size, self.config.code_dim)}
 
-    Raises:
-      UserError: the folder cannot be written.
-    """
-    storage.write(path, self._content)
+  def _use(self, tensors: dict[str, np.ndarray]) -> None:
+    self.codebook_size: int = self.config.codebook_size
+    self.codes_per_image: int = self.config.side**2
+    self._params = self._weights(tensors)
+    self._codebook = jnp.asarray(tensors["codebook"], jnp.float32)
 
   def _bound(self, function: Callable) -> Callable:
     return functools.partial(
@@ -185,70 +125,6 @@ def _encode_chunk(config, params, codebook, images):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode_chunk(config, params, codebook, codes):
-  side = config.codes_side
+  side = config.side
   pixels = pixels_of(config, params, codebook[codes.reshape(-1, side, side)])
   return jnp.round(jnp.clip(pixels, 0, 1) * 255).astype(jnp.uint8)
-
-
-def _in_chunks(function: Callable, array: np.ndarray) -> np.ndarray:
-  """Applies a jitted function to CHUNK rows at a time: one shape, one compile.
-
-  A picture's result must not depend on how many came with it.
-  """
-  rows = max(1, -(-len(array) // CHUNK)) * CHUNK
-  padded = np.zeros((rows, *array.shape[1:]), array.dtype)
-  padded[: len(array)] = array
-  results = [
-    np.asarray(function(padded[i : i + CHUNK])) for i in range(0, rows, CHUNK)
-  ]
-  return np.concatenate(results)[: len(array)]
-
-
-def _parse(content: bytes, name: str) -> tuple[dict, dict[str, np.ndarray]]:
-  try:
-    tensors = safetensors.numpy.load(content)
-  except (safetensors.SafetensorError, ValueError, KeyError) as error:
-    raise UserError(
-      f"image tokenizer: {name} is not a whole safetensors file"
-      f" ({' '.join(str(error).split())[:120]}); {_REMEDY}"
-    ) from None
-  # The layout is: 8 bytes length, then that many bytes of JSON.
-  length = int.from_bytes(content[:8], "little")
-  header = json.loads(content[8 : 8 + length]).get("__metadata__", {})
-  try:
-    metadata = json.loads(header["fusionlab"])
-    found = metadata["format"], metadata["config"]
-  except (KeyError, TypeError, ValueError):
-    raise UserError(
-      f"image tokenizer: {name} is a safetensors file without the metadata of"
-      f" an image tokenizer; {_REMEDY}"
-    ) from None
-  if found[0] != FORMAT:
-    raise UserError(
-      f"image tokenizer: {name} has format {found[0]!r}, this version reads"
-      f" {FORMAT!r}; {_REMEDY}"
-    )
-  return metadata, tensors
-
-
-def _check_tensors(
-  config: ImageConfig, tensors: dict[str, np.ndarray], name: str
-) -> None:
-  tree = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-  leaves = cast(
-    dict[str, jax.ShapeDtypeStruct], traverse_util.flatten_dict(tree, sep=".")
-  )
-  expected = {name: leaf.shape for name, leaf in leaves.items()}
-  expected["codebook"] = (config.codebook_size, config.code_dim)
-  for key in sorted(expected.keys() | tensors.keys()):
-    given = tensors[key].shape if key in tensors else None
-    if given != expected.get(key):
-      raise UserError(
-        f"image tokenizer: {name} has tensor {key!r} of shape {given}, its"
-        f" config needs {expected.get(key)}; the file was altered: {_REMEDY}"
-      )
-    if not np.isfinite(tensors[key]).all():
-      raise UserError(
-        f"image tokenizer: {name} has values in {key!r} that are not numbers;"
-        f" {_REMEDY}"
-      )

@@ -2,18 +2,21 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from rich import progress
 
-from fusionlab.config import option
+from fusionlab.config import option, to_mapping
 from fusionlab.data.config import SourceConfig
 from fusionlab.data.sources import Example, load_source
 from fusionlab.data.sources.pictures import square
 from fusionlab.errors import ConfigError, UserError
-from fusionlab.tokenizers.autoencoder import ImageConfig
+from fusionlab.tokenizers.autoencoder import ImageConfig, LatentConfig
 from fusionlab.tokenizers.image_training import ImageTrainConfig
+from fusionlab.tokenizers.latent_training import LatentTrainConfig
+from fusionlab.tokenizers.training import AutoencoderTrainConfig
 
 # Styles that keys end with, as in openmoji's "1F34E/line". Anything else behind
 # a "/" is the name of a file in a folder, or a record's number.
@@ -39,15 +42,21 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """What `configs/vq_openmoji.py` describes."""
+  """What `configs/vq_openmoji.py` and `configs/kl_openmoji.py` describe."""
 
   sources: dict[str, SourceConfig] = option(
     dict, "what to learn from, by name; weights do not matter here"
   )
   text: TextConfig = option(TextConfig, "the text tokenizer")
-  image: ImageConfig = option(ImageConfig, "sizes of the picture tokenizer")
+  image: ImageConfig = option(ImageConfig, "sizes of the tokenizer of codes")
   image_train: ImageTrainConfig = option(
-    ImageTrainConfig, "training of the picture tokenizer"
+    ImageTrainConfig, "training of the tokenizer of codes"
+  )
+  latents: LatentConfig = option(
+    LatentConfig, "sizes of the tokenizer of continuous latents"
+  )
+  latent_train: LatentTrainConfig = option(
+    LatentTrainConfig, "training of the tokenizer of continuous latents"
   )
   licence: str = option(
     "",
@@ -79,17 +88,20 @@ def gather_texts(recipe: Recipe) -> dict[str, list[str]]:
 
 
 def gather_pictures(
-  recipe: Recipe,
+  recipe: Recipe, size: int
 ) -> dict[str, UInt8[np.ndarray, "N S S 3"]]:
   """Returns the pictures of all sources, "source/split/style" -> array.
 
-  Each is the middle square at `recipe.image.image_size`, as data preparation
-  encodes it. The style is left out where a source has none.
+  Each is the middle square, as data preparation encodes it. The style is left out
+  where a source has none.
+
+  Args:
+    recipe: names the sources.
+    size: height and width of the pictures in pixels.
 
   Raises:
     UserError: a picture that is not uint8 [H, W, 3].
   """
-  size = recipe.image.image_size
   groups: dict[str, list[np.ndarray]] = {}
   for name, example in _examples(recipe, "pictures"):
     for part in example.parts:
@@ -118,6 +130,15 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
   return {
     name: load_source(name, source).fingerprint()
     for name, source in recipe.sources.items()
+  }
+
+
+def notes(recipe: Recipe, training: AutoencoderTrainConfig) -> dict[str, Any]:
+  """Returns what a picture tokenizer's file says of how it was made."""
+  return {
+    "sources": fingerprints(recipe),
+    "training": to_mapping(training),
+    "licence": licence(recipe),
   }
 
 

@@ -10,6 +10,7 @@ from fusionlab.errors import UserError
 
 TEXT_FILE = "text.json"
 IMAGE_FILE = "image.safetensors"
+LATENT_FILE = "latents.safetensors"
 NO_IMAGE_FILE = "image.none"
 
 
@@ -17,7 +18,7 @@ def packaged(name: str) -> Path:
   """Path of a tokenizer file that the package carries.
 
   Args:
-    name: `TEXT_FILE` or `IMAGE_FILE`.
+    name: `TEXT_FILE`, `IMAGE_FILE` or `LATENT_FILE`.
   """
   return Path(str(importlib.resources.files("fusionlab.tokenizers"))) / (
     f"files/{name}"

@@ -12,16 +12,15 @@ from fusionlab.tokenizers.autoencoder import ImageConfig
 from fusionlab.tokenizers.image import ImageTokenizer
 from fusionlab.tokenizers.image_training import (
   ImageTrainConfig,
-  augment,
   follow,
   init_state,
   make_train_step,
   measure,
-  order,
   perplexity,
   revive,
   train,
 )
+from fusionlab.tokenizers.training import augment, order
 
 SIZES = ImageConfig(
   image_size=16,

@@ -9,10 +9,16 @@ import pytest
 from PIL import Image
 
 from configs import vq_openmoji
+from fusionlab.batch import LatentGrid
 from fusionlab.config import from_mapping
 from fusionlab.data.sources.pictures import square
 from fusionlab.errors import UserError
-from fusionlab.tokenizers import ImageTokenizer, TextTokenizer, storage
+from fusionlab.tokenizers import (
+  ImageTokenizer,
+  LatentTokenizer,
+  TextTokenizer,
+  storage,
+)
 from fusionlab.tokenizers.__main__ import main
 from fusionlab.tokenizers.recipe import Recipe, gather_pictures, licence
 
@@ -56,6 +62,13 @@ def get_config():
     "decoder_coarse_blocks": 0, "decoder_fine_blocks": 0,
   }
   config.image_train = {"num_steps": 3, "batch_size": 4}
+  config.latents = {
+    "image_size": 16, "channels": 2, "patch": 2,
+    "fine_channels": 4, "coarse_channels": 4,
+    "encoder_coarse_blocks": 0, "decoder_coarse_blocks": 0,
+    "decoder_fine_blocks": 0,
+  }
+  config.latent_train = {"num_steps": 3, "batch_size": 4}
   config.licence = "mine"
   return config
 """
@@ -115,25 +128,58 @@ def test_train_image_writes_the_file_and_its_report(folder, capsys):
     "image.safetensors",
     "image.report.json",
   }
+
+
+def test_train_latents_writes_the_file_and_its_report(folder, capsys):
+  """And `report` measures the files of all three verbs."""
+  out = folder / "out"
+  patch = "--config.latents.patch=4"
+  assert run(folder, "train-latents", f"--output={out}", patch) == 0
+  tokenizer = LatentTokenizer.load(str(out / "latents.safetensors"))
+  assert tokenizer.grid == LatentGrid(side=4, patch=4, channels=2)
+  assert tokenizer.notes["training"]["kl"] == 1e-6
+  assert tokenizer.notes["sources"] == {"squares": "squares"}
+  assert tokenizer.notes["licence"] == "mine"
+  said = json.loads((out / "latents.report.json").read_text())
+  assert said["hash"] == tokenizer.hash
+  rows = said["groups"]
+  assert rows["squares/heldout/line"]["pictures"] == 2
+  # Of all training pictures together the variance is 1.
+  kinds = ("line", "color")
+  assert min(rows[f"squares/train/{k}"]["std_0"] for k in kinds) <= 1
+  assert {p.name for p in out.iterdir()} == {
+    "latents.safetensors",
+    "latents.report.json",
+  }
+  for verb in ("train-text", "train-image"):
+    run(folder, verb, f"--output={out}")
   capsys.readouterr()
-  run(folder, "train-text", f"--output={out}")
-  files = (f"--text={out}/text.json", f"--image={out}/image.safetensors")
+  files = (
+    f"--text={out}/text.json",
+    f"--image={out}/image.safetensors",
+    f"--latents={out}/latents.safetensors",
+  )
   assert run(folder, "report", *files) == 0
-  assert "perplexity" in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert all(name in said for name in ("bytes_per", "perplexity", "std_1"))
 
 
-def test_held_out_pictures_do_not_change_the_file(folder):
-  assert run(folder, "train-image", f"--output={folder}/one") == 0
+@pytest.mark.parametrize(
+  ("verb", "file"),
+  [
+    ("train-image", "image.safetensors"),
+    ("train-latents", "latents.safetensors"),
+  ],
+)
+def test_held_out_pictures_do_not_change_the_file(folder, verb, file):
+  assert run(folder, verb, f"--output={folder}/one") == 0
   source = folder / "squares.py"
   changed = source.read_text().replace("20 * i", "20 * i if i >= 4 else 7")
   assert changed != source.read_text()
   (folder / "others.py").write_text(changed)
   kind = "--config.sources.squares.kind=others:Squares"
-  assert run(folder, "train-image", f"--output={folder}/two", kind) == 0
-  one, two = (
-    (folder / name / "image.safetensors").read_bytes()
-    for name in ("one", "two")
-  )
+  assert run(folder, verb, f"--output={folder}/two", kind) == 0
+  one, two = ((folder / name / file).read_bytes() for name in ("one", "two"))
   assert one == two
 
 
@@ -145,6 +191,8 @@ def test_held_out_pictures_do_not_change_the_file(folder):
     (("train-text",), "needs --output=FOLDER"),
     (("train-text", "--outptu=x"), "Did you mean: output"),
     (("report", "--image=none.safetensors"), "there is no file"),
+    (("report", "--latents=none.safetensors"), "latent tokenizer: there is no"),
+    (("report", "--config.latents.patch=3"), "allowed: 1, 2, 4"),
     (("report", "--config.text.vocab_siz=300"), 'Did you mean "vocab_size"'),
     (("report", "--config.text.vocab_size=many"), "vocab_size=many"),
     (("report", "--config.text.vocab_size=3"), "at least 261"),
@@ -176,7 +224,7 @@ def test_pictures_are_squared_as_preparation_does(tmp_path):
     Image.fromarray(image).save(tmp_path / folder / "cat.png")
     (tmp_path / folder / "cat.txt").write_text("a cat")
   source = {"kind": "image_folder", "path": str(tmp_path), "heldout": 0.0}
-  found = gather_pictures(recipe_of({"mine": source}))
+  found = gather_pictures(recipe_of({"mine": source}), 16)
   assert list(found) == ["mine/train"]
   assert (found["mine/train"] == [square(image, 16) for image in pixels]).all()
 
