@@ -12,7 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from configs import mot_chameleon, mot_transfusion, vq_openmoji
+from configs import (
+  kl_openmoji,
+  mot_chameleon,
+  mot_transfusion,
+  vq_openmoji,
+)
 from fusionlab.batch import LatentGrid, Vocabulary
 from fusionlab.config import flatten, from_mapping, to_mapping
 from fusionlab.experiment import Experiment
@@ -36,6 +41,10 @@ CONFIGS = {
   ),
 }
 CASES = [(name, size) for name, (_, sizes) in CONFIGS.items() for size in sizes]
+RECIPES = {
+  "kl_openmoji": kl_openmoji.get_config,
+  "vq_openmoji": vq_openmoji.get_config,
+}
 DENSE_TINY = ("mot_chameleon", "tiny_dense")
 
 
@@ -140,14 +149,15 @@ def test_decay_of_each_parameter(name, size):
   compare(GOLDENS / f"{name}_{size}" / "decay.txt", text)
 
 
-def test_tokenizers_recipe():
-  recipe = from_mapping(Recipe, vq_openmoji.get_config().to_dict())
+@pytest.mark.parametrize("name", RECIPES)
+def test_tokenizers_recipe(name):
+  recipe = from_mapping(Recipe, RECIPES[name]().to_dict())
   keys = flatten(to_mapping(recipe))
   text = "".join(f"{key} = {keys[key]!r}\n" for key in sorted(keys))
-  compare(GOLDENS / "vq_openmoji" / "config.txt", text)
+  compare(GOLDENS / name / "config.txt", text)
 
 
 def test_no_golden_is_left_over():
   known = {f"{name}_{size}" for name, size in [*CASES, DENSE_TINY]}
-  known.add("vq_openmoji")
+  known |= RECIPES.keys()
   assert {p.name for p in GOLDENS.iterdir() if p.is_dir()} == known
