@@ -84,7 +84,7 @@ def _paper(name: str) -> Experiment:
       num_heads=size.num_heads,
       vocab_size=32_000,
       patches="unet",
-      unet_channels=256,
+      unet_channels=672,  # 0.27B parameters, as in the paper
       remat="full",
     ),
     objective=NextTokenDiffusionConfig(),

@@ -262,7 +262,7 @@ def continuous_spans(
 
   Args:
     inside: continuous positions.
-    segment: document within the row; a span ends with its document.
+    segment: what a span ends with where it changes: its document and modality.
 
   Returns:
     int32 number of the span within its row, from 1, its first position, and one
@@ -333,7 +333,8 @@ def packed_batch(
     )
   if vocabulary.continuous:
     inside = real & np.isin(modality, vocabulary.continuous)
-    span, first, end = continuous_spans(inside, segment)
+    kinds = len(vocabulary.modalities)
+    span, first, end = continuous_spans(inside, segment * kinds + modality)
     # What comes next is no id before a patch, and needs no saying after one: how
     # many there are is known (Transfusion, section 3.2).
     weight[:, :-1][inside[:, 1:]] = 0
