@@ -1,5 +1,7 @@
 """Training of picture latents: it learns, repeats, and normalises."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,7 +116,7 @@ def test_latents_are_drawn_and_not_the_mean(step):
     state = init_state(SIZES, CONFIG)
     latents = state.params["encoder"]["latents"]
     latents["bias"] = latents["bias"].at[SIZES.channels :].set(log_variance)
-    state = state.replace(step=jnp.asarray(number, jnp.int32))
+    state = dataclasses.replace(state, step=jnp.asarray(number, jnp.int32))
     _, metrics = step(state, squares(8))
     errors.append(float(metrics["mse"]))
   assert errors[1] > 2 * errors[0] and errors[2] != errors[1]
