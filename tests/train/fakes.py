@@ -248,9 +248,19 @@ def write_documents(folder: Path) -> None:
 
 
 def run_process(
-  folder, workdir, flat, index, count, address, devices, log, kill_at="", **at
+  folder,
+  workdir,
+  flat,
+  index,
+  count,
+  address,
+  devices,
+  log,
+  kill_at="",
+  mode="train",
+  **at,
 ):
-  """One process of a training job, on the real data room and command line.
+  """One process of a job, on the real data room and command line.
 
   Args:
     folder: tokenizers, documents and cache.
@@ -262,6 +272,7 @@ def run_process(
     devices: CPU devices of this process.
     log: file for what is printed.
     kill_at: point of the second save at which the process kills itself.
+    mode: of the command line.
     at: `<signal>=step` sends itself a signal when it reads that step's batch,
       `delay=seconds` waits before each, `error=step` raises.
   """
@@ -282,7 +293,7 @@ def run_process(
     _arm(kill_at)
   _record(Path(workdir), index, **at)
   experiment = experiment_of(Path(folder), **flat)
-  options = Options("train", str(workdir), experiment)
+  options = Options(mode, str(workdir), experiment)
   try:
     code = run.guarded(lambda: run.run(options))
   except BaseException:
