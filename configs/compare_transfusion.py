@@ -8,7 +8,7 @@ at 0.16B and 16.0 against 18.6 at 7B (Table 7). Liang et al., "Mixture-of-Transf
 over the dense model's steps, is 0.25 for images and 0.98 for text at 163M.
 
   python -m experiments.compare --config=configs/compare_transfusion.py
-  python -m experiments.compare --config=configs/compare_transfusion.py:60 --workdir=runs/quick
+  python -m experiments.compare --config=configs/compare_transfusion.py:40 --workdir=runs/quick
 
 `dense`, `mot`, `mot_causal` (spans causal) and `mot_unet`, three seeds, on the data of
 configs/mot_transfusion.py at d=128, 4 layers, 4 heads, SwiGLU 512 wide; rows of 384, 5 a
@@ -35,7 +35,7 @@ VARIANTS = {
 }
 
 
-def get_config(num_steps: str = "300") -> ConfigDict:
+def get_config(num_steps: str = "150") -> ConfigDict:
   """Returns the comparison: experiments by name, control and seeds.
 
   Args:

@@ -12,8 +12,8 @@ loss of MoT against the dense model, at equal FLOPs per step.
 
 `tiny` (default): the pictures, captions and passages of configs/mot_chameleon.py, each
 picture 16 x 16 latents of the KL autoencoder in the package (configs/kl_openmoji.py),
-64 patches of 2 x 2 that enter and leave by a matrix (`--config.model.patches=unet`: by
-a small U-Net).
+64 patches of 2 x 2 that enter and leave by the halves of a small U-Net
+(`--config.model.patches=linear`: by a matrix).
 
 The paper's sizes (163m 760m 1.4b 7b; `1_4b` is the same as `1.4b`) keep its rows of
 4,096 tokens, batch, steps, 32,000 ids, U-Net and optimizer: AdamW at 3e-4, 4,000
@@ -64,13 +64,13 @@ def get_config(size: str = "tiny") -> ConfigDict:
 def _tiny() -> Experiment:
   discrete = Experiment.from_mapping(mot_chameleon.get_config().to_dict())
   return Experiment(
-    model=TransfusionConfig(dim=192, num_layers=4, num_heads=6),
+    model=TransfusionConfig(dim=192, num_layers=4, num_heads=6, patches="unet"),
     objective=NextTokenDiffusionConfig(),
     data=dataclasses.replace(
       discrete.data, image_tokenizer="kl", image_first=0.2, caption_drop=0.1
     ),
     optimizer=discrete.optimizer,
-    train=TrainConfig(batch_size=5, num_steps=950, max_seconds=360.0),
+    train=TrainConfig(batch_size=5, num_steps=600, max_seconds=360.0),
     evaluate=EvaluateConfig(examples=64, matched=32, guidance=3.0),
   )
 
