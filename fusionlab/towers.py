@@ -85,11 +85,15 @@ class Towers:
     names: of the towers; ("shared",) where there is one.
     of_modality: tower of each modality.
     untied: names out of `UNTIE_NAMES`; empty where there is one tower.
+    owners: per modality, whose are the parameters that are its own whatever is
+      untied: its ids' rows of the tables, and the patches that a continuous one
+      enters and leaves by. Its tower; in a dense model the modality itself.
   """
 
   names: tuple[str, ...]
   of_modality: tuple[int, ...]
   untied: frozenset[str]
+  owners: tuple[str, ...]
 
   @classmethod
   def parse(
@@ -105,13 +109,20 @@ class Towers:
     names = tower_names(modalities, towers)
     untied = parse_untie(untie)
     if len(names) == 1 or not untied:
-      return cls((SHARED,), (0,) * len(towers), frozenset())
-    return cls(names, tuple(towers), untied)
+      return cls((SHARED,), (0,) * len(towers), frozenset(), tuple(modalities))
+    owners = tuple(names[k] for k in towers)
+    return cls(names, tuple(towers), untied, owners)
 
   @property
   def count(self) -> int:
     """Number of towers."""
     return len(self.names)
+
+  @property
+  def groups(self) -> tuple[str, ...]:
+    """Names that parameters may be chosen by: who has some, then `SHARED`."""
+    own = dict.fromkeys((*self.names, *self.owners))
+    return (*(name for name in own if name != SHARED), SHARED)
 
   def leaves(self, name: str) -> tuple[str, ...]:
     """Tree names under which the parameter `name` is kept."""
@@ -123,13 +134,13 @@ class Towers:
 
 
 def tower_of(path: Sequence[str], towers: Towers) -> str:
-  """Tower whose parameter a path of the tree is; `SHARED` where it is nobody's.
+  """Group whose parameter a path of the tree is; `SHARED` where it is nobody's.
 
   Args:
     path: keys, e.g. ("layers", "ffn", "image", "w_in").
     towers: of the model.
   """
-  return next((key for key in path[:-1] if key in towers.names), SHARED)
+  return next((key for key in path[:-1] if key in towers.groups), SHARED)
 
 
 def parse_towers(text: str, towers: Towers, key: str) -> list[str]:
@@ -137,7 +148,7 @@ def parse_towers(text: str, towers: Towers, key: str) -> list[str]:
 
   Args:
     text: names separated by spaces; '' is none.
-    towers: of the model; `SHARED` is a name too.
+    towers: of the model, whose `groups` they are.
     key: of the config, for messages.
 
   Raises:
@@ -152,7 +163,7 @@ def parse_by_tower(text: str, towers: Towers, key: str) -> dict[str, float]:
 
   Args:
     text: tower:number, separated by spaces; '' is none.
-    towers: of the model; `SHARED` is a name too.
+    towers: of the model, whose `groups` they are.
     key: of the config, for messages.
 
   Raises:
@@ -190,16 +201,17 @@ def parse_copies(
   """
   pairs: dict[str, str] = {}
   where = f"config.{key}={text!r}"
-  sources = (*towers.names, *((DRAWN,) if drawn else ()))
+  own = towers.groups[:-1]
+  sources = (*own, *((DRAWN,) if drawn else ()))
   for word in text.split():
     name, _, source = word.partition(":")
     if not (name and source):
       raise ConfigError(f"{where}: {word!r} is not of the form 'speech:text'")
-    for tower, known in ((name, towers.names), (source, sources)):
+    for tower, known in ((name, own), (source, sources)):
       if tower not in known:
         raise ConfigError(
           f"{where}: the model has no tower {tower!r}{nearest(tower, known)};"
-          f" it has {', '.join(towers.names)}"
+          f" it has {', '.join(own)}"
         )
     if name == source or name in pairs:
       raise ConfigError(f"{where} names {name!r} twice")
@@ -216,7 +228,7 @@ def parse_copies(
 def _entries(
   text: str, towers: Towers, key: str, *, valued: bool
 ) -> list[tuple[str, str]]:
-  known = dict.fromkeys((*towers.names, SHARED))
+  known = towers.groups
   found: dict[str, str] = {}
   for word in text.split():
     name, colon, value = word.partition(":")

@@ -1,5 +1,6 @@
 """How many parameters, where: total, active per token, per tower."""
 
+import collections
 import dataclasses
 import math
 from typing import Any
@@ -54,7 +55,7 @@ def count(
   model = MODELS.load(config.kind)(config, vocabulary)
   leaves = jax.tree.leaves_with_path(model.abstract_params())
   towers = config.routed_towers
-  per_tower = dict.fromkeys((SHARED, *towers.names), 0)
+  per_tower = collections.Counter(dict.fromkeys((SHARED, *towers.names), 0))
   embedding = norms = 0
   for path, leaf in leaves:
     parts = path_name(path).split("/")
@@ -70,5 +71,5 @@ def count(
     active=per_tower[SHARED] + max(own, default=0),
     embedding=embedding,
     norms=norms,
-    per_tower=per_tower,
+    per_tower=dict(per_tower),
   )

@@ -207,9 +207,9 @@ class Transfusion(Transformer):
 
   @nn.nowrap
   def _patches(self, **options: Any) -> "_Patches":
-    towers, image = self.config.routed_towers, self.image
-    tower = towers.names[towers.of_modality[image]]
-    return _Patches(self.config, self.vocabulary.grid(image), tower, **options)
+    owner = self.config.routed_towers.owners[self.image]
+    grid = self.vocabulary.grid(self.image)
+    return _Patches(self.config, grid, owner, **options)
 
   @nn.nowrap
   def _entering(
@@ -261,11 +261,15 @@ class Transfusion(Transformer):
 
 
 class _Patches(nn.Module):
-  """The patches' parameters, as those of a tower: `patches/<tower>/…`."""
+  """The patches' parameters, as those of a tower: `patches/image/…`.
+
+  They are the picture's own whatever is untied, in a dense model too, so that
+  everything else can be frozen there.
+  """
 
   config: TransfusionConfig
   grid: LatentGrid
-  tower: str
+  owner: str
 
   def setup(self) -> None:
     c, grid = self.config, self.grid
@@ -280,15 +284,15 @@ class _Patches(nn.Module):
         c.unet_channels,
         c.unet_blocks,
       )
-    setattr(self, self.tower, patches)
+    setattr(self, self.owner, patches)
 
   def enter(self, *args: jax.Array) -> Any:
     """See `LinearPatches.enter` and `UNetPatches.enter`."""
-    return getattr(self, self.tower).enter(*args)
+    return getattr(self, self.owner).enter(*args)
 
   def leave(self, *args: Any) -> jax.Array:
     """See `LinearPatches.leave` and `UNetPatches.leave`."""
-    return getattr(self, self.tower).leave(*args)
+    return getattr(self, self.owner).leave(*args)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -159,9 +159,10 @@ def grown_params(
     where,
     model,
     added,
+    had=before.modalities,
     places=tokenizers.vocabulary.places_of(loaded.tokenizers.vocabulary),
   )
-  growth.check(old, before.modalities)
+  growth.check(old)
   return growth(old, jax.jit(model.init_params)(key))
 
 
@@ -175,10 +176,11 @@ def _with_copies(
   leaves = named_leaves(params)
 
   def one(path: tuple[Any, ...], leaf: Array) -> Array:
-    del leaf
     name = path_name(path)
     tower = tower_of(name.split("/"), towers)
-    return leaves[_renamed(name, tower, copies.get(tower, tower))]
+    source = _renamed(name, tower, copies.get(tower, tower))
+    # What only one modality has, as a picture's patches, stays as it is drawn.
+    return leaves.get(source, leaf)
 
   return jax.tree_util.tree_map_with_path(one, params)
 
@@ -198,12 +200,14 @@ class _Growth:
     where: the checkpoint, for messages.
     model: what is grown into.
     added: new tower -> the one it copies, or 'random'.
+    had: modalities of the checkpoint.
     places: new id of each old one.
   """
 
   where: str
   model: Any
   added: Mapping[str, str]
+  had: Sequence[str]
   places: Int[np.ndarray, " V"]
 
   def __call__(self, old: PyTree, fresh: PyTree) -> PyTree:
@@ -222,6 +226,7 @@ class _Growth:
         rows = jax.lax.slice_in_dim(found, 0, len(self.places), axis=axis)
         at = (slice(None),) * axis + (self.places,)
         return leaf.at[at].set(rows)
+      found = found.astype(leaf.dtype)
       # Two towers may begin as one leaf, whose buffer they must not share.
       return found if source == name else jnp.copy(found)
 
@@ -242,6 +247,8 @@ class _Growth:
       path = _renamed(name, tower, candidate)
       if path in theirs:
         return path
+    if self._is_new(name, tower):
+      return None
     if name == "unembed" and "embed" in theirs:
       raise UserError(
         f"{self.where} has one table for input and output; set"
@@ -251,12 +258,29 @@ class _Growth:
       f"{self.where} has no parameter {name!r}{nearest(name, theirs)}"
     )
 
-  def check(self, old: PyTree, had: Sequence[str]) -> None:
+  def _is_new(self, name: str, tower: str) -> bool:
+    """Whether only a modality that the checkpoint lacks has such a leaf."""
+    config = self.model.config
+    owners = zip(config.modalities, config.routed_towers.owners, strict=True)
+    others = (
+      _renamed(name, tower, group)
+      for group in config.routed_towers.groups
+      if group != tower
+    )
+    return any(
+      owner == tower and modality not in self.had for modality, owner in owners
+    ) and self._mine.isdisjoint(others)
+
+  @functools.cached_property
+  def _mine(self) -> frozenset[str]:
+    """Paths of the model that is grown into."""
+    return frozenset(named_leaves(self.model.abstract_params()))
+
+  def check(self, old: PyTree) -> None:
     """Refuses what does not fit.
 
     Args:
       old: the checkpoint's parameters.
-      had: its modalities.
 
     Raises:
       UserError: a leaf without a source, of another shape, or left over.
@@ -266,7 +290,7 @@ class _Growth:
     for k, modality in enumerate(self.model.config.modalities):
       tower = towers.names[towers.of_modality[k]]
       alone = towers.of_modality.count(towers.of_modality[k]) == 1
-      if modality not in had and alone and tower not in self.added:
+      if modality not in self.had and alone and tower not in self.added:
         raise ConfigError(
           f"{self.where} has no modality {modality!r}; say what its tower starts"
           f" as, e.g. config.init.add_towers='{tower}:{towers.names[0]}'"

@@ -2,8 +2,9 @@
 
 A leaf belongs to the tower that its path names (`layers/ffn/image/w_in`), to
 `shared` where it names none; a row of the tables of ids belongs to the tower of its
-id's modality. Frozen parameters are not differentiated, while gradients flow through
-their activations: LMFusion (arXiv 2412.15188), §3.2.
+id's modality, in a dense model to the modality, like the patches of a picture. Frozen
+parameters are not differentiated, while gradients flow through their activations:
+LMFusion (arXiv 2412.15188), §3.2.
 """
 
 import dataclasses
@@ -108,7 +109,7 @@ class Partition:
         continue
       axis = names.index(VOCAB)
       for k, name in enumerate(self.vocabulary.modalities):
-        tower = self.towers.names[self.towers.of_modality[k]]
+        tower = self.towers.owners[k]
         rows = (axis, self.vocabulary.offset(k), self.vocabulary.ends[k])
         yield (*source, name), tower, source, rows
       if self.num_ids > self.vocabulary.size:
