@@ -14,6 +14,7 @@ import pytest
 
 from configs import (
   kl_openmoji,
+  lmfusion,
   mot_chameleon,
   mot_transfusion,
   vq_openmoji,
@@ -39,6 +40,7 @@ CONFIGS = {
     mot_transfusion.get_config,
     ("tiny", *transfusion.SIZES),
   ),
+  "lmfusion": (lmfusion.get_config, ("tiny",)),
 }
 CASES = [(name, size) for name, (_, sizes) in CONFIGS.items() for size in sizes]
 RECIPES = {

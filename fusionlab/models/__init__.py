@@ -10,6 +10,7 @@ MODELS = Registry(
       "fusionlab.models.mixture_of_transformers:MixtureOfTransformers"
     ),
     "transfusion": "fusionlab.models.transfusion:Transfusion",
+    "lmfusion": "fusionlab.models.lmfusion:LMFusion",
   },
 )
 

@@ -226,6 +226,14 @@ class TransformerConfig:
       "ffn": 2 * 3 * self.num_layers * self.dim * self.width_of_ffn,
     }
 
+  def longest(self, row_length: int) -> int:
+    """Tokens of the longest document that the model has seen.
+
+    Args:
+      row_length: tokens of a row in training; 0 where it is not known.
+    """
+    return row_length
+
   @property
   def routed_towers(self) -> Towers:
     """The towers as the model runs them (one where nothing is untied)."""

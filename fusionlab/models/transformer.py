@@ -69,8 +69,8 @@ class Transformer(nn.Module):
   Attributes:
     config: sizes and choices.
     vocabulary: the shared id space.
-    row_length: tokens of a row in training, the longest document that the model
-      has seen; 0 where it is not known.
+    row_length: tokens of the longest document that the model has seen, those of
+      a row in training; 0 where it is not known.
   """
 
   config: TransformerConfig
@@ -433,4 +433,5 @@ def build_model(
       f"config.model.vocab_size={config.vocab_size} is less than the"
       f" {vocabulary.size} ids of the tokenizers; 0 takes theirs"
     )
-  return MODELS.load(config.kind)(config, vocabulary, row_length)
+  build = MODELS.load(config.kind)
+  return build(config, vocabulary, config.longest(row_length))

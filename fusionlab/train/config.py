@@ -54,6 +54,12 @@ class OptimizerConfig:
     "towers that are not trained, e.g. 'text', with their ids' rows of the"
     " tables; shared: what no tower has of its own",
   )
+  frozen_dtype: str = option(
+    "float32",
+    "what frozen matrices are kept in; bfloat16 halves them, and rounds them"
+    " where float32 is computed in (tables of ids and norms stay)",
+    choices=("float32", "bfloat16"),
+  )
   learning_rate_of: str = option(
     "", "factors on the learning rate by tower, e.g. 'text:0.1'"
   )
@@ -87,6 +93,12 @@ class InitConfig:
     "towers that the checkpoint lacks, each with the one it starts as a copy"
     " of, e.g. 'speech:text'; 'speech:random' draws it",
   )
+  text_steps: int = option(
+    0,
+    "steps on text alone that make the checkpoint, a dense model of the same"
+    " size in <workdir>/text_model; 0: none",
+    minimum=0,
+  )
   copy_towers: str = option(
     "",
     "towers that start as a copy of another where nothing is loaded, e.g."
@@ -95,15 +107,21 @@ class InitConfig:
 
   def check(self, path: str) -> None:
     """Raises ConfigError where one key needs another."""
-    if self.add_towers and not self.checkpoint:
+    given = [key for key in ("checkpoint", "text_steps") if getattr(self, key)]
+    if self.text_steps and self.checkpoint:
+      raise ConfigError(
+        f"{path}.text_steps={self.text_steps} makes a checkpoint and"
+        f" {path}.checkpoint={self.checkpoint!r} names one; give one of them"
+      )
+    if self.add_towers and not given:
       raise ConfigError(
         f"{path}.add_towers={self.add_towers!r} adds to a checkpoint, but"
         f" {path}.checkpoint is empty; {path}.copy_towers is for new parameters"
       )
-    if self.copy_towers and self.checkpoint:
+    if self.copy_towers and given:
       raise ConfigError(
         f"{path}.copy_towers={self.copy_towers!r} is for new parameters; with"
-        f" {path}.checkpoint use {path}.add_towers"
+        f" {path}.{given[0]} use {path}.add_towers"
       )
 
 

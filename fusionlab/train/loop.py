@@ -25,7 +25,7 @@ from fusionlab.experiment import Experiment
 from fusionlab.sharding.batches import place_batch
 from fusionlab.sharding.mesh import make_mesh
 from fusionlab.train import checkpoint as checkpoints
-from fusionlab.train import environment
+from fusionlab.train import environment, text_first
 from fusionlab.train import workdir as workdirs
 from fusionlab.train.metrics import Row, Throughput, train_row
 from fusionlab.train.progress import ProgressReport
@@ -53,14 +53,31 @@ def train(experiment: Experiment, workdir: str) -> int:
     UserError: the user's mistakes, a workdir of another run, a corrupted
       checkpoint, or a loss that is not finite.
   """
-  started = time.monotonic()
   folder = Path(workdir).expanduser()
   processes.watch(experiment.train.peer_timeout)
   try:
-    return _train(experiment, folder, started)
+    if experiment.init.text_steps and not _train_text_model(experiment, folder):
+      return 0
+    return _train(experiment, folder, time.monotonic())
   except BaseException as error:
     processes.fail(error)
     raise
+
+
+def _train_text_model(experiment: Experiment, folder: Path) -> bool:
+  """Trains what the run starts from, where there is none; whether it is there."""
+  first = folder / text_first.FOLDER
+  steps = experiment.init.text_steps
+
+  def there() -> bool:
+    begun = checkpoints.steps_in(folder / "checkpoints")
+    return bool(begun) or workdirs.finished_at(first) == steps
+
+  if not processes.from_first(there):
+    if processes.is_first():
+      print(f"first {steps} steps on text alone, in {first}", flush=True)
+    _train(text_first.text_model(experiment), first, time.monotonic())
+  return processes.from_first(there)
 
 
 def _train(experiment: Experiment, folder: Path, started: float) -> int:
@@ -171,7 +188,8 @@ class _Run:
       started + self.config.max_seconds if self.config.max_seconds else None
     )
     self.setup: Setup = build(experiment, mesh=mesh)
-    self.steps = build_steps(self.setup)
+    start = text_first.start_of(experiment, folder)
+    self.steps = build_steps(self.setup, start=start)
     self.state, self.start = self._first_state()
     self.status.step = self.start
 

@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 from fusionlab.batch import Vocabulary
 from fusionlab.errors import ConfigError
-from fusionlab.sharding.axes import VOCAB
+from fusionlab.sharding.axes import NORM, VOCAB
 from fusionlab.towers import SHARED, Towers, parse_towers, tower_of
 from fusionlab.train.config import OptimizerConfig
 
@@ -37,6 +37,7 @@ class Partition:
     vocabulary: ranges of the modalities' ids.
     num_ids: rows V of the tables.
     freeze: towers that are not trained.
+    frozen_dtype: what their matrices are kept in.
   """
 
   axes: PyTree
@@ -44,6 +45,25 @@ class Partition:
   vocabulary: Vocabulary
   num_ids: int
   freeze: frozenset[str] = frozenset()
+  frozen_dtype: str = "float32"
+
+  def kept(self, params: PyTree) -> PyTree:
+    """Puts frozen matrices into the dtype they are kept in.
+
+    Tables stay, whose rows may be frozen in parts, and so do norms, which compute
+    in float32.
+
+    Args:
+      params: the tree of arrays.
+    """
+    tree: dict[str, Any] = {}
+    for path, names in _walk(self.axes):
+      leaf = _get(params, path)
+      frozen = tower_of(path, self.towers) in self.freeze
+      if frozen and not {VOCAB, NORM} & set(names):
+        leaf = leaf.astype(self.frozen_dtype)
+      _put(tree, path, leaf)
+    return tree
 
   def split(self, params: PyTree) -> tuple[PyTree, PyTree]:
     """Cuts the tables, and parts the trained leaves from the frozen ones.
@@ -138,7 +158,12 @@ def make_partition(
   towers = model.config.routed_towers
   freeze = frozenset(parse_towers(config.freeze, towers, "optimizer.freeze"))
   partition = Partition(
-    model.param_axes(), towers, vocabulary, model.vocab_size, freeze
+    model.param_axes(),
+    towers,
+    vocabulary,
+    model.vocab_size,
+    freeze,
+    config.frozen_dtype,
   )
   if not jax.tree.leaves(partition.trained_towers):
     raise ConfigError(

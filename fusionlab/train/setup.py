@@ -110,8 +110,14 @@ class Steps:
   init: Callable[[], TrainState]
 
 
-def build_steps(setup: Setup) -> Steps:
-  """Builds the steps of a setup; compiles and allocates nothing."""
+def build_steps(setup: Setup, *, start: str = "") -> Steps:
+  """Builds the steps of a setup; compiles and allocates nothing.
+
+  Args:
+    setup: its parts.
+    start: checkpoint of the first parameters, in place of
+      `config.init.checkpoint`.
+  """
   experiment, mesh = setup.experiment, setup.mesh
   config = experiment.train
   model, vocabulary = setup.model, setup.data.vocabulary
@@ -132,8 +138,14 @@ def build_steps(setup: Setup) -> Steps:
   def trained(params: PyTree) -> PyTree:
     return params if partition is None else partition.split(params)[0]
 
+  def kept(params: PyTree) -> PyTree:
+    return params if partition is None else partition.kept(params)
+
   abstract = abstract_state(
-    model.abstract_params(), optimizer, ema=keeps_ema, trained=trained
+    jax.eval_shape(kept, model.abstract_params()),
+    optimizer,
+    ema=keeps_ema,
+    trained=trained,
   )
   trained_shardings = rules.param_shardings(
     trained_axes, jax.eval_shape(trained, abstract.params), mesh
@@ -148,16 +160,24 @@ def build_steps(setup: Setup) -> Steps:
   def init() -> TrainState:
     key = stream(config.seed, "params")
     options: dict[str, Any] = {"ema": keeps_ema, "trained": trained}
-    if not experiment.init.checkpoint:
+    checkpoint = start or experiment.init.checkpoint
+    if not checkpoint:
       draw = drawing(experiment.init, model)
-      return init_state(draw, optimizer, key, shardings=shardings, **options)
-    params = grown_params(experiment.init, model, setup.tokenizers, key)
-    start = jax.jit(
+      return init_state(
+        lambda key: kept(draw(key)),
+        optimizer,
+        key,
+        shardings=shardings,
+        **options,
+      )
+    loaded = dataclasses.replace(experiment.init, checkpoint=checkpoint)
+    params = kept(grown_params(loaded, model, setup.tokenizers, key))
+    begin = jax.jit(
       lambda params: new_state(params, optimizer, **options),
       donate_argnums=0,
       out_shardings=shardings,
     )
-    return start(place(params, shardings.params))
+    return begin(place(params, shardings.params))
 
   return Steps(
     abstract=abstract,

@@ -20,9 +20,9 @@ class TrainState:
 
   Attributes:
     step: int32 [], steps taken, skipped updates included.
-    params: the tree of float32 parameters.
+    params: the tree of parameters, float32; frozen ones may be bfloat16.
     opt_state: optax's state.
-    ema: moving average of `params`, float32, or None.
+    ema: moving average of `params`, in their dtypes, or None.
     skipped: int32 [], updates left out because they were not finite.
   """
 

@@ -15,6 +15,7 @@ from fusionlab import processes
 from fusionlab.config import flatten, to_mapping
 from fusionlab.errors import ConfigError, UserError
 from fusionlab.experiment import Experiment
+from fusionlab.train import text_first
 from fusionlab.train.writers import write_atomic
 
 # What may differ when a run goes on. Whatever is not here decides the numbers.
@@ -101,7 +102,7 @@ def _foreign(workdir: Path) -> list[str]:
   """Names in a folder that a start killed before config.json cannot leave."""
   if not workdir.exists():
     return []
-  ours = (".lock", "status.json")
+  ours = (".lock", "status.json", text_first.FOLDER)
   return sorted(
     p.name
     for p in workdir.iterdir()
