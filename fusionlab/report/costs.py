@@ -1,12 +1,16 @@
 """Parameters and FLOPs of a recorded configuration, by tower."""
 
 import dataclasses
+import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from fusionlab.analysis import parameters
 from fusionlab.errors import UserError
 from fusionlab.experiment import Experiment
+from fusionlab.report.records import Run
+from fusionlab.towers import SHARED, Towers, tower_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +21,8 @@ class Costs:
     total: parameters.
     active: parameters that one token uses at most.
     embedding: of the tables, in `total` and `active`.
+    patches: of what brings patches of latents in and out, in `total`; its FLOPs
+      are in neither of the two below.
     towers: (name, its own parameters, those that its token uses).
     shared: parameters of no tower.
     forward: FLOPs of a token's forward pass, the same in every tower.
@@ -26,6 +32,7 @@ class Costs:
   total: int
   active: int
   embedding: int
+  patches: int
   towers: list[tuple[str, int, int]]
   shared: int
   forward: float
@@ -53,36 +60,59 @@ def experiment_of(config: Mapping[str, Any]) -> Experiment:
     ) from error
 
 
-def costs_of(experiment: Experiment, vocab_size: int | None) -> Costs:
+def costs_of(experiment: Experiment, run: Run) -> Costs:
   """Counts parameters and FLOPs; allocates nothing.
 
   Args:
-    experiment: validated.
-    vocab_size: ids of the tokenizers; `config.model.vocab_size` overrides it.
+    experiment: the run's, validated.
+    run: its recorded parameters, and its vocabulary, of which
+      `config.model.vocab_size` overrides the size.
 
   Raises:
-    UserError: neither says how many ids there are.
+    UserError: neither says how many ids there are, or nothing yet says how large
+      the latents of pictures are.
   """
   model = experiment.model
-  vocab_size = model.vocab_size or vocab_size
+  vocab_size = model.vocab_size or run.vocab_size
   if not vocab_size:
     raise UserError(
       "The size of the vocabulary is not known before the first checkpoint."
     )
-  counts = parameters.count(model, vocab_size)
-  shared = counts.per_tower["shared"]
+  sizes = {name: math.prod(shape) for name, shape in run.parameters.items()}
+  if sizes:
+    per_tower = _by_tower(model.routed_towers, sizes)
+    embedding = _under(sizes, "embed", "unembed")
+  else:
+    try:
+      counts = parameters.count(model, vocab_size)
+    except UserError as error:
+      raise UserError(
+        "The size of the latents is not known before the first checkpoint."
+      ) from error
+    per_tower, embedding = counts.per_tower, counts.embedding
+  shared = per_tower.pop(SHARED)
   length = experiment.data.row_length
   forward = model.forward_flops_per_token(vocab_size, length)
   return Costs(
-    total=counts.total,
-    active=counts.active,
-    embedding=counts.embedding,
-    towers=[
-      (name, own, shared + own)
-      for name, own in counts.per_tower.items()
-      if name != "shared"
-    ],
+    total=shared + sum(per_tower.values()),
+    active=shared + max(per_tower.values(), default=0),
+    embedding=embedding,
+    patches=_under(sizes, "patches"),
+    towers=[(name, own, shared + own) for name, own in per_tower.items()],
     shared=shared,
     forward=forward,
     step=3 * forward * experiment.train.batch_size * length,
   )
+
+
+def _by_tower(towers: Towers, sizes: Mapping[str, int]) -> dict[str, int]:
+  """Recorded parameters of each tower, and of none under "shared"."""
+  found = Counter(dict.fromkeys((SHARED, *towers.names), 0))
+  for name, size in sizes.items():
+    found[tower_of(name.split("/"), towers)] += size
+  return dict(found)
+
+
+def _under(sizes: Mapping[str, int], *first: str) -> int:
+  """Recorded parameters whose path begins with one of these."""
+  return sum(n for name, n in sizes.items() if name.split("/")[0] in first)

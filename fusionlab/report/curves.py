@@ -15,7 +15,13 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import (
+  EngFormatter,
+  FuncFormatter,
+  LogLocator,
+  MaxNLocator,
+  NullLocator,
+)
 
 from fusionlab.report import formatting
 
@@ -94,7 +100,13 @@ class Chart:
 
 
 def chart(
-  name: str, title: str, unit: str, lines: Sequence[Line], *, last_step: int
+  name: str,
+  title: str,
+  unit: str,
+  lines: Sequence[Line],
+  *,
+  last_step: int,
+  log: bool = False,
 ) -> Chart:
   """Draws curves over optimizer steps.
 
@@ -104,6 +116,7 @@ def chart(
     unit: of the values; fixed words, as they get into the SVG.
     lines: each has one point or more.
     last_step: where the horizontal axis ends; it begins at 0.
+    log: whether equal ratios of values are as far apart; where all are positive.
 
   Returns:
     The chart; the same input gives the same bytes.
@@ -122,6 +135,8 @@ def chart(
     for line in lines:
       _draw(axes, line)
     _dress(axes, unit, last_step)
+    if log and all((line.values > 0).all() for line in lines):
+      _scale(axes)
     buffer = io.StringIO()
     figure.savefig(
       buffer, format="svg", metadata={"Date": None}, transparent=True
@@ -167,6 +182,19 @@ def _dress(axes, unit: str, last_step: int) -> None:
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
   else:
     axes.yaxis.get_major_formatter().set_useOffset(False)
+
+
+def _scale(axes) -> None:
+  """A logarithmic vertical axis, whose numbers are plain."""
+  axes.set_yscale("log")
+  # Tens alone, where there are several; else what is between them too.
+  low, high = axes.get_ylim()
+  between = (1.0,) if high > 1e3 * low else (1.0, 2.0, 5.0)
+  if high < 4 * low:
+    between = tuple(np.arange(1.0, 10.0))
+  axes.yaxis.set_major_locator(LogLocator(subs=between, numticks=8))
+  axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+  axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _thinned(

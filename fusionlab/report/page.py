@@ -52,7 +52,7 @@ def configuration(run: Run) -> dict[str, Any]:
   """What config.json says: `experiment`, `costs`, and why one is None.
 
   Args:
-    run: its `config` and `vocab_size`.
+    run: its `config`, and what it tells of its vocabulary.
 
   Returns:
     `kinds` and `differences` (of `fusionlab.report.settings`), `costs`,
@@ -72,7 +72,7 @@ def configuration(run: Run) -> dict[str, Any]:
   found["kinds"] = settings.kinds(experiment)
   found["differences"] = settings.differences(experiment)
   try:
-    found["costs"] = costs.costs_of(experiment, run.vocab_size)
+    found["costs"] = costs.costs_of(experiment, run)
   except UserError as error:
     found["no_costs"] = str(error)
   return found

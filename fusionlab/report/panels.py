@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+from fusionlab.report import denoising
 from fusionlab.report.curves import Chart, Line, chart
 from fusionlab.report.metrics import Metrics
 from fusionlab.report.scores import (
@@ -19,22 +20,26 @@ _REST = {
   "perf/tokens_per_s": ("Throughput", "tokens per second", 1.0),
   "perf/data_wait": ("Waiting for data", "% of the time", 100.0),
 }
-_CAPTION = "caption_nats_per_picture"
-_LOSS = re.compile(r"train/(loss/.+)")
+# What captions save -> unit.
+_CAPTIONS = {
+  "caption_nats_per_picture": "nats per picture",
+  "caption_mse_gain": "mean squared error",
+}
+_LOSS = re.compile(r"train/(loss/.+|mse/[^/]+)")
 
 
 def of_one(metrics: Metrics) -> list[Chart]:
-  """Draws loss by modality, what captions save, rate, norm and speed.
+  """Draws loss by modality and noise level, what captions save, rate, speed, ….
 
   Args:
     metrics: of one run; what it lacks is not drawn.
   """
   charts: list[Chart] = []
 
-  def add(title: str, unit: str, lines: list[Line]) -> None:
+  def add(title: str, unit: str, lines: list[Line], *, log=False) -> None:
     if lines:
       name, last = f"c{len(charts)}", int(metrics.steps[-1])
-      charts.append(chart(name, title, unit, lines, last_step=last))
+      charts.append(chart(name, title, unit, lines, last_step=last, log=log))
 
   for metric in _scored(metrics):
     lines = []
@@ -46,6 +51,10 @@ def of_one(metrics: Metrics) -> list[Chart]:
       if len(series[0]):
         lines.append(Line(split_name(split).lower(), *series, style))
     add(_title(metric), _unit(metric), lines)
+    if metric.startswith("mse/"):
+      where, lines = _by_level(metrics, metric)
+      title = f"{_title(metric)}, by noise level, {where}"
+      add(title, _unit(metric), lines, log=True)
   for metric, (title, unit, factor) in _REST.items():
     steps, values = metrics.series(metric)
     if len(steps):
@@ -93,14 +102,33 @@ def of_several(
 
 
 def _scored(metrics: Metrics) -> list[str]:
-  """'loss/<modality>' of train and held-out, and what captions save."""
+  """Losses by modality, of train and held-out, and what captions save."""
   parts = split_of(metrics.columns)
   names = {metric: None for _, metric in parts.values()}
   names |= {m[1]: None for n in metrics.columns if (m := _LOSS.fullmatch(n))}
-  losses = [n for n in names if n.startswith("loss/")]
+  losses = [n for n in names if n.startswith(("loss/", "mse/"))]
+  losses = [n for n in losses if denoising.level_of(n) is None]
   # Text first, as everywhere.
   losses.sort(key=lambda name: (name != "loss/text", name))
-  return [*losses, *([_CAPTION] if _CAPTION in names else [])]
+  return [*losses, *(name for name in _CAPTIONS if name in names)]
+
+
+def _by_level(metrics: Metrics, metric: str) -> tuple[str, list[Line]]:
+  """A curve a noise level: of what is held out, else of training."""
+  modality = metric.removeprefix("mse/")
+  written = denoising.levels(metrics.columns, modality)
+  for prefix, where in (("eval", "held out"), ("train", "train")):
+    several = [metrics.series(f"{prefix}/{metric}/t{w}") for w in written]
+    lines = [
+      Line(f"noise {level}", *series, style)
+      for style, (level, series) in enumerate(
+        zip(written, several, strict=True)
+      )
+      if len(series[0])
+    ]
+    if lines:
+      return where, lines
+  return "", []
 
 
 def _splits(metrics: Metrics) -> list[str]:
@@ -114,11 +142,12 @@ def _eval_name(split: str, metric: str) -> str:
 
 
 def _title(metric: str) -> str:
-  if metric == _CAPTION:
+  if metric in _CAPTIONS:
     return "What a caption saves of its picture's loss"
-  modality = metric.partition("/")[2].replace("_", " ")
-  return f"Loss, {modality}"
+  kind, _, modality = metric.partition("/")
+  name = "Denoising error" if kind == "mse" else "Loss"
+  return f"{name}, {modality.replace('_', ' ')}"
 
 
 def _unit(metric: str) -> str:
-  return "nats per picture" if metric == _CAPTION else loss_unit(metric)
+  return _CAPTIONS.get(metric) or loss_unit(metric)

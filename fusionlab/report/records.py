@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fusionlab.errors import UserError
+from fusionlab.report import denoising
 from fusionlab.report.metrics import Metrics, read_metrics
 
 _ANY = ("config.json", "status.json")
@@ -33,12 +34,13 @@ class Run:
     folder: as it was given.
     name: the folder's own name.
     config, environment, status: the JSON files; empty where they are missing.
-    metrics: rows of metrics.csv, or of metrics.jsonl.
+    metrics: rows of metrics.csv, or of metrics.jsonl, as `denoising` names them.
     evaluation: evaluation.json; None before it is scored.
     samples: samples/samples.json; None before it is scored.
     starts: lines of starts.jsonl, oldest first.
     checkpoints: step -> whether it is complete, oldest first.
     vocab_size: ids of the tokenizers; None before the first checkpoint.
+    parameters: name -> shape, of the newest checkpoint; empty before the first.
     dumps: steps that were not finite.
   """
 
@@ -53,6 +55,7 @@ class Run:
   starts: list[dict[str, Any]]
   checkpoints: dict[int, bool]
   vocab_size: int | None
+  parameters: dict[str, list[int]]
   dumps: list[Dump]
 
   @property
@@ -97,18 +100,20 @@ def read_run(workdir: str | Path) -> Run:
       f" that was a run's --workdir"
     )
   checkpoints = _checkpoints(folder / "checkpoints")
+  meta = _newest_meta(folder / "checkpoints", checkpoints)
   return Run(
     folder=folder,
     name=folder.resolve().name,
     config=read_json(folder / "config.json") or {},
     environment=read_json(folder / "environment.json") or {},
     status=read_json(folder / "status.json") or {},
-    metrics=read_metrics(folder),
+    metrics=denoising.named(read_metrics(folder)),
     evaluation=read_json(folder / "evaluation.json"),
     samples=read_json(folder / "samples" / "samples.json"),
     starts=_starts(folder / "starts.jsonl"),
     checkpoints=checkpoints,
-    vocab_size=_vocab_size(folder / "checkpoints", checkpoints),
+    vocab_size=max((end for _, end in _ranges(meta)), default=None),
+    parameters=_parameters(meta),
     dumps=_dumps(folder / "dump"),
   )
 
@@ -159,18 +164,32 @@ def _checkpoints(folder: Path) -> dict[int, bool]:
   return {s: (folder / str(s) / "checksums.json").is_file() for s in steps}
 
 
-def _vocab_size(folder: Path, checkpoints: dict[int, bool]) -> int | None:
-  """Ids of the newest complete checkpoint's vocabulary."""
+def _newest_meta(folder: Path, checkpoints: dict[int, bool]) -> dict[str, Any]:
+  """meta.json of the newest complete checkpoint that tells its vocabulary."""
   for step in sorted((s for s, whole in checkpoints.items() if whole))[::-1]:
-    path = folder / str(step) / "meta.json"
-    meta = read_json(path)
-    if meta is None:
-      continue
-    try:
-      return max(int(end) for _, end in meta["vocabulary"].values())
-    except (KeyError, TypeError, ValueError, AttributeError):
-      continue  # of another version: the size stays unknown
-  return None
+    meta = read_json(folder / str(step) / "meta.json")
+    if meta is not None and _ranges(meta):
+      return meta
+  return {}  # of another version: sizes stay unknown
+
+
+def _ranges(meta: dict[str, Any]) -> list[tuple[int, int]]:
+  """First id and exclusive end of each modality; none of another version."""
+  try:
+    return [(int(a), int(b)) for a, b in meta["vocabulary"].values()]
+  except (KeyError, TypeError, ValueError, AttributeError):
+    return []
+
+
+def _parameters(meta: dict[str, Any]) -> dict[str, list[int]]:
+  """Shapes by name; none of another version."""
+  try:
+    return {
+      name: [int(size) for size in one["shape"]]
+      for name, one in meta["parameters"].items()
+    }
+  except (KeyError, TypeError, ValueError, AttributeError):
+    return {}
 
 
 def _starts(path: Path) -> list[dict[str, Any]]:

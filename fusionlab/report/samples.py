@@ -75,11 +75,24 @@ class Described:
 
 @dataclasses.dataclass(frozen=True)
 class Likely:
-  """One example and its image loss in nats per code."""
+  """One example and its image loss."""
 
   caption: str
   picture: str | None
-  nats: str
+  loss: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Strip:
+  """One caption and a picture for it at several denoising steps.
+
+  Attributes:
+    caption: what was to be drawn.
+    steps: (step, picture), the last as it came out.
+  """
+
+  caption: str
+  steps: list[tuple[int, str | None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +103,9 @@ class Samples:
     step: of the checkpoint that was sampled.
     settings: (name, value) of the sampler.
     bank: pictures among which ranks are taken; None where not recorded.
+    denoised: whether pictures are continuous, and their loss is a squared error.
     grids: training captions first.
+    strips: split's name -> pictures on their way; none of codes.
     described: split's name -> pictures with texts.
     likelihood: (split's name, most likely, least likely).
   """
@@ -98,7 +113,9 @@ class Samples:
   step: int | None
   settings: list[tuple[str, str]]
   bank: int | None
+  denoised: bool
   grids: list[Grid]
+  strips: list[tuple[str, list[Strip]]]
   described: list[tuple[str, list[Described]]]
   likelihood: list[tuple[str, list[Likely], list[Likely]]]
 
@@ -129,10 +146,12 @@ def _samples(
   step = None if step is None else int(step)
   bank = None if bank is None else int(bank)
   settings = content.get("settings") or {}
+  loss = str(content.get("loss") or "nll_per_code")
   return Samples(
     step=step,
     settings=[(k.replace("_", " "), str(v)) for k, v in settings.items()],
     bank=bank,
+    denoised=loss != "nll_per_code",
     grids=[
       _grid(
         split,
@@ -147,6 +166,11 @@ def _samples(
       for split, entries in _train_first(content.get("grids"))
       if entries
     ],
+    strips=[
+      (split_name(split), [_strip(e, folder) for e in entries])
+      for split, entries in _train_first(content.get("strips"))
+      if entries
+    ],
     described=[
       (split_name(split), [_described(e, folder) for e in entries])
       for split, entries in _train_first(content.get("described"))
@@ -155,8 +179,8 @@ def _samples(
     likelihood=[
       (
         split_name(split),
-        [_likely(e, folder) for e in ends.get("most") or []],
-        [_likely(e, folder) for e in ends.get("least") or []],
+        [_likely(e, folder, loss) for e in ends.get("most") or []],
+        [_likely(e, folder, loss) for e in ends.get("least") or []],
       )
       for split, ends in _train_first(content.get("likelihood"))
       if ends
@@ -233,9 +257,19 @@ def _described(entry: Mapping[str, Any], folder: Path) -> Described:
   )
 
 
-def _likely(entry: Mapping[str, Any], folder: Path) -> Likely:
+def _strip(entry: Mapping[str, Any], folder: Path) -> Strip:
+  return Strip(
+    str(entry["caption"]),
+    [
+      (int(one["step"]), data_uri(folder, one["picture"]))
+      for one in entry["steps"]
+    ],
+  )
+
+
+def _likely(entry: Mapping[str, Any], folder: Path, loss: str) -> Likely:
   return Likely(
     str(entry["caption"]),
     data_uri(folder, entry.get("picture")),
-    formatting.number(float(entry["nll_per_code"])),
+    formatting.number(float(entry[loss])),
   )

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from fusionlab.report import exposure, formatting
+from fusionlab.report import denoising, exposure, formatting
 from fusionlab.report.records import Run, not_of_format
 
 POOLED = "all"
@@ -15,14 +15,19 @@ POOLED = "all"
 _METRICS = {
   "accuracy": "accuracy",
   "bits_per_byte": "bits per byte",
+  "caption_mse_gain": "what the caption saves of the mean squared error",
   "caption_nats_per_picture": "what the caption saves, nats per picture",
   "caption_to_image": "picking the picture of a caption",
   "code_agreement": "codes that agree",
+  "image_denoising_mse": "picture after its caption, mean squared error of its"
+  " predicted noise",
   "image_nll_per_code": "picture after its caption, nats per code",
   "image_to_caption": "picking the caption of a picture",
   "image_unigram_nll_per_code": "picture by code frequencies alone, nats per code",
   "loss": "loss",
+  "mse": "denoising error",
   "own_picture": "own picture found by a sample",
+  "total_loss": "loss in all, that of pictures weighted",
   "z_loss": "z loss",
 }
 _UNITS = {
@@ -137,17 +142,23 @@ def split_note(split: str) -> str:
 
 def metric_name(metric: str) -> str:
   """'loss/image' as 'loss, image (nats per code)'."""
+  unit, level = loss_unit(metric), denoising.level_of(metric)
+  if level is not None:
+    metric = metric.removesuffix(f"/t{level}")
   head, _, rest = metric.partition("/")
   name = _METRICS.get(head, head.replace("_", " "))
   if rest:
     words = re.sub(r"\btop(\d)", r"top \1", rest.replace("_", " "))
     name += ", " + words.replace("/", ", ")
-  unit = loss_unit(metric)
+  if level is not None:
+    name += f", at noise {level}"
   return f"{name} ({unit})" if unit else name
 
 
 def loss_unit(metric: str) -> str:
-  """The unit of 'loss' and 'loss/<modality>'; '' of anything else."""
+  """The unit of 'loss', 'loss/<modality>', 'mse/<…>'; '' of anything else."""
+  if metric.startswith("mse/"):
+    return "mean squared error"
   default = "nats per token" if metric.startswith("loss") else ""
   return _UNITS.get(metric, default)
 
@@ -207,7 +218,13 @@ def _scores(
   chance = content.get("chance") or {}
   table: dict[str, dict[str, Score]] = {}
   splits: dict[str, None] = {}
+  modalities = denoising.denoised(values)
   for name, (split, metric) in split_of(values).items():
+    if metric == "pictures":  # of a batch
+      continue
+    metric = denoising.renamed(metric, modalities)
+    if modalities and metric == "loss":
+      metric = "total_loss"
     interval = intervals.get(name)
     if interval is not None:
       low, high = interval

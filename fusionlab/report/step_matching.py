@@ -76,7 +76,8 @@ def markdown_of(
     [
       *lines,
       "",
-      "Held-out loss in nats a token, all of it, at the end; s = steps to the"
+      "Loss of all that is held out, at the end: nats a token, of continuous"
+      " pictures the mean squared error of their predicted noise; s = steps to the"
       f" last point of `{results['control']}`'s curve / its steps, of the same"
       " seed (the curve: the same part of the held-out data at every point);"
       f" mean (least to greatest) of the seeds {results['seeds']}. Steps:"
@@ -118,7 +119,7 @@ def draw(results: Mapping[str, Any]) -> Figure:
               ratio.steps, ratio.losses, color=color, lw=1.2, alpha=0.8,
               label=name if number == 0 else None,
             )  # fmt: skip
-      axes[0, column].set(title=f"held-out {modality}", ylabel="nats a token")
+      axes[0, column].set(title=f"held-out {modality}", ylabel="loss")
       axes[1, column].axhline(1, color="0.5", lw=0.8)
       axes[1, column].set(
         ylabel=f"s: steps over {results['control']}'s",

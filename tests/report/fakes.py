@@ -13,6 +13,8 @@ from fusionlab.experiment import Experiment
 from fusionlab.models.mixture_of_transformers import (
   MixtureOfTransformersConfig,
 )
+from fusionlab.models.transfusion import TransfusionConfig
+from fusionlab.objectives.diffusion import NextTokenDiffusionConfig
 from fusionlab.train.config import TrainConfig
 from fusionlab.train.workdir import write_json, write_status
 from fusionlab.train.writers import Writers
@@ -133,6 +135,64 @@ def write_evaluation(folder: pathlib.Path) -> dict:
   }
   write_json(folder / "evaluation.json", content)
   return content
+
+
+def write_continuous_run(folder: pathlib.Path) -> pathlib.Path:
+  """A finished run whose pictures are latents."""
+  config = Experiment(
+    model=TransfusionConfig(dim=32, num_heads=2),
+    objective=NextTokenDiffusionConfig(),
+    data=DataConfig(sources={"openmoji": SourceConfig()}, image_tokenizer="kl"),
+  )
+  write_run(folder, config)
+  for name in ("metrics.csv", "metrics.jsonl"):
+    (folder / name).unlink()
+  writers = Writers("csv", folder)
+  for step in (20, 40):
+    row = {"train/loss": 4.0, "train/loss/text": 3.0, "train/loss/image": 0.5}
+    for split in ("", *(f"{split}/" for split in SPLITS)):
+      row |= {
+        f"eval/{split}loss": 5.0 - step / 40,
+        f"eval/{split}loss/text": 3.0,
+        f"eval/{split}loss/image": 0.62,
+        f"eval/{split}mse/image/t0.1": 0.9 - step / 100,
+        f"eval/{split}mse/image/t0.9": 0.06,
+        f"eval/{split}caption_mse_gain": 0.01,
+        f"eval/{split}pictures": 3.5,
+      }
+    writers.write(step, row)
+  writers.close()
+  metrics = {k: v for k, v in row.items() if k.startswith("eval/")}
+  metrics["eval/train/image_denoising_mse"] = 0.33
+  intervals = {"eval/train/image_denoising_mse": [0.32, 0.34]}
+  intervals["eval/heldout_style/loss/image"] = [0.61, 0.63]
+  evaluation = {"step": 40, "metrics": metrics, "intervals": intervals}
+  write_json(folder / "evaluation.json", evaluation)
+  path = folder / "samples" / "samples.json"
+  content = json.loads(path.read_text())
+  (entry,) = content["likelihood"]["heldout_picture"]["most"]
+  steps = [
+    {"step": step, "picture": name}
+    for step, name in zip((3, 9, 12), entry["generated"] * 2, strict=False)
+  ]
+  strip = {"key": entry["key"], "caption": entry["caption"], "steps": steps}
+  content |= {
+    "loss": "denoising_mse",
+    "strips": {"heldout_picture": [strip]},
+    "likelihood": {"train": {"most": [entry | {"denoising_mse": 0.125}]}},
+  }
+  write_json(path, content)
+  meta = {
+    "vocabulary": {"text": [0, 3584], "image": [3584, 3585]},
+    "parameters": {
+      "embed": {"shape": [3585, 32]},
+      "layers/ffn/text/w_in": {"shape": [4, 32, 64]},
+      "layers/ffn/image/w_in": {"shape": [4, 32, 64]},
+      "patches/image/w_in": {"shape": [16, 32]},
+    },
+  }
+  write_json(folder / "checkpoints" / "40" / "meta.json", meta)
+  return folder
 
 
 def write_run(

@@ -49,6 +49,19 @@ def test_runs_are_compared(runs, tmp_path):
   assert report.compare(runs, out).read_bytes() == out.read_bytes()
 
 
+def test_nats_and_squared_errors_share_no_row(tmp_path):
+  codes = fakes.write_run(tmp_path / "codes")
+  latents = fakes.write_continuous_run(tmp_path / "latents")
+  said = read(report.compare([codes, latents], tmp_path / "all.html"))
+  for words in (
+    "loss, image (nats per code) all held out 4 [3.900, 4.100] n 256 –",
+    "denoising error, image (mean squared error) all held out – 0.6200",
+    "Denoising error, image, train",
+    "in patches 0 512",
+  ):
+    assert words in said, words
+
+
 def test_the_same_files_give_the_same_bytes(runs):
   first = report.write(runs[0]).read_bytes()
   assert report.write(runs[0]).read_bytes() == first

@@ -21,13 +21,13 @@ _CHARTS = {}
 def _drawn_once(monkeypatch):
   """Equal charts are drawn once: they are most of a page's time."""
 
-  def chart(*words, last_step):
+  def chart(*words, **options):
     *names, lines = words
     arrays = [(line.steps.tobytes(), line.values.tobytes()) for line in lines]
     labels = [(line.label, line.style) for line in lines]
-    key = str((names, last_step, arrays, labels))
+    key = str((names, options, arrays, labels))
     if key not in _CHARTS:
-      _CHARTS[key] = curves.chart(*words, last_step=last_step)
+      _CHARTS[key] = curves.chart(*words, **options)
     return _CHARTS[key]
 
   monkeypatch.setattr(panels, "chart", chart)
@@ -90,6 +90,45 @@ def test_parameters_are_those_of_the_analysis(run):
     own = counts.per_tower[tower]
     used = own + counts.per_tower["shared"]
     assert f"{tower} {own:,} {used:,}" in said
+
+
+def test_continuous_pictures_are_denoised_and_no_codes(tmp_path):
+  """Squared errors have their own names; nothing on the page is in codes."""
+  run = fakes.write_continuous_run(tmp_path / "demo")
+  said = text(run)
+  for words in (
+    "train 0.5000 all held out 0.6200",
+    "Denoising error, image, by noise level, held out",
+    "noise 0.1 0.5000 noise 0.9 0.0600",
+    "What a caption saves of its picture's loss",
+    "denoising error, image (mean squared error) 0.6200",
+    "0.6200 [0.6100, 0.6300]",
+    "denoising error, image, at noise 0.9 (mean squared error)",
+    "loss in all, that of pictures weighted 4 ",
+    "what the caption saves of the mean squared error 0.0100",
+    "of its predicted noise – – – 0.3300 [0.3200, 0.3400]",
+    "Pictures on their way",
+    "red apple 0 3 9 12",
+    "by the mean squared error of what the model predicts of the noise",
+    "0.1250 red apple 0",
+    f"in all {3585 * 32 + 2 * 4 * 32 * 64 + 16 * 32:,}",
+    f"image {4 * 32 * 64 + 16 * 32:,}",
+    f"{16 * 32} bring patches of pictures in",
+  ):
+    assert words in said, words
+  scores = said.partition("Curves")[2].partition("What was run")[0]
+  assert " code" not in scores and "pictures a batch" not in scores
+  shutil.rmtree(run / "checkpoints")
+  assert "vocabulary is not known before the first checkpoint" in text(run)
+
+
+def test_the_latents_size_is_not_known_before_a_checkpoint(tmp_path):
+  run = fakes.write_continuous_run(tmp_path / "demo")
+  shutil.rmtree(run / "checkpoints")
+  config = json.loads((run / "config.json").read_text())
+  config["model"]["vocab_size"] = 5000
+  (run / "config.json").write_text(json.dumps(config))
+  assert "size of the latents is not known before the first" in text(run)
 
 
 def test_nothing_is_loaded_from_elsewhere(run):
