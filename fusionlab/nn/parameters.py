@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import errors
 
 from fusionlab.routing import Routed
 from fusionlab.towers import Towers
@@ -41,12 +42,19 @@ class _Leaf(nn.Module):
 
   @nn.compact
   def __call__(self) -> dict[str, Any]:
-    return {
-      name: self.param(
-        name, nn.with_partitioning(w.init, w.axes), w.shape, jnp.float32
+    return {name: self._value(name, w) for name, w in self.weights.items()}
+
+  def _value(self, name: str, weight: Weight) -> Any:
+    if not self.has_variable("params", name):
+      init = nn.with_partitioning(weight.init, weight.axes)
+      return self.param(name, init, weight.shape, jnp.float32)
+    # Flax compares shapes by tracing the initialiser, a tenth of all tracing.
+    value = nn.meta.unbox(self.get_variable("params", name))
+    if value.shape != weight.shape:
+      raise errors.ScopeParamShapeError(
+        name, "/".join(self.path), value.shape, weight.shape
       )
-      for name, w in self.weights.items()
-    }
+    return value
 
 
 def declare(towers: Towers, weights: Mapping[str, Weight]) -> dict[str, Routed]:
