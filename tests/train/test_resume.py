@@ -13,7 +13,9 @@ from fusionlab.train import checkpoint
 from tests.train import processes
 
 FLAT = {
-  "train__num_steps": 40,
+  # Every start traces its programs anew, and saving takes longer than a step.
+  "model__untie": "",
+  "train__num_steps": 24,
   "train__checkpoint_every": 3,
   "train__eval_every": 8,
   "train__keep_checkpoints": 2,
@@ -60,7 +62,7 @@ def test_killed_at_random_moments(uninterrupted):
   kills = 0
   for _ in range(5):
     before = len(rows(workdir)) if (workdir / "metrics.csv").exists() else 0
-    process = processes.start(folder, workdir, FLAT, delay=0.06)
+    process = processes.start(folder, workdir, FLAT, delay=0.1)
     # Rows past the last checkpoint are cut and come again, hence the slack.
     processes.wait_for_rows(workdir, max(before - 3, 0), process)
     time.sleep(moments.uniform(0, 0.25))
@@ -104,7 +106,7 @@ def test_killed_during_a_save(uninterrupted, point, newest):
 def test_sigterm_saves_and_exits_with_zero(uninterrupted):
   """The preempted run says so, and its continuation changes nothing."""
   folder, workdir = uninterrupted, uninterrupted / "preempted"
-  process = processes.start(folder, workdir, FLAT, delay=0.05)
+  process = processes.start(folder, workdir, FLAT, delay=0.1)
   processes.wait_for_rows(workdir, 4, process)
   process.terminate()
   process.join(60)
@@ -125,7 +127,7 @@ def test_sigterm_at_random_moments(uninterrupted):
   seed = int.from_bytes(os.urandom(4), "little")
   moments = random.Random(seed)
   for _ in range(4):
-    process = processes.start(folder, workdir, FLAT, delay=0.02)
+    process = processes.start(folder, workdir, FLAT, delay=0.05)
     # Before that line it has no handler: the system ends it, nothing is lost.
     while not running(workdir):
       assert process.is_alive()
@@ -161,7 +163,7 @@ def test_sigterm_before_the_first_step(uninterrupted):
 def test_a_second_process_is_refused(uninterrupted):
   """Two processes never write one workdir."""
   folder, workdir = uninterrupted, uninterrupted / "shared"
-  first = processes.start(folder, workdir, FLAT, delay=0.2)
+  first = processes.start(folder, workdir, FLAT, delay=0.4)
   processes.wait_for_rows(workdir, 1, first)
   second = processes.run(folder, workdir, FLAT)
   assert first.is_alive()
