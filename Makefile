@@ -30,7 +30,8 @@ demo: $(VENV)/.demo
 	  --config=configs/mot_chameleon.py --workdir=$$run
 
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	  $(ARGS)
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
