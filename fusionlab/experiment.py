@@ -51,6 +51,7 @@ class Experiment:
 
   def check(self, path: str) -> None:
     """Rules that join two sections."""
+    self.objective.check_model(f"{path}.objective", self.model)
     towers, optimizer = self.model.routed_towers, self.optimizer
     parse_towers(optimizer.freeze, towers, "optimizer.freeze")
     for key in ("learning_rate_of", "weight_decay_of"):

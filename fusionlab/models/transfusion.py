@@ -25,6 +25,7 @@ from fusionlab.models.mixture_of_transformers import (
   Size,
 )
 from fusionlab.models.transformer import Cache, Decoded, Embed, Transformer
+from fusionlab.nn.functional.diffusion import SAMPLERS, Process
 from fusionlab.nn.patches import LinearPatches
 from fusionlab.nn.unet import UNetPatches
 from fusionlab.routing import Layout
@@ -58,6 +59,13 @@ class TransfusionConfig(MixtureOfTransformersConfig):
     32, "unet: channels at the latents' own resolution", minimum=1
   )
   unet_blocks: int = option(2, "unet: residual blocks of a stage", minimum=1)
+  process: str = option(
+    "ddpm",
+    "ddpm: patches' predictions are their noise; flow: rectified flow, noise -"
+    " data",
+    choices=tuple(SAMPLERS),
+  )
+  num_timesteps: int = option(1000, "T, timesteps of ddpm", minimum=1)
 
   def forward_flops_per_token(self, vocab_size: int, row_length: int) -> float:
     """Model FLOPs of one token's forward pass; a multiply-add is two.
@@ -83,6 +91,11 @@ class Transfusion(Transformer):
   """
 
   Config = TransfusionConfig
+
+  @property
+  def process(self) -> Process:
+    """What predictions are of, in training and where pictures are drawn."""
+    return Process(self.config.process, self.config.num_timesteps)
 
   @property
   def image(self) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 from fusionlab.batch import Batch, Vocabulary
 from fusionlab.config import option
 from fusionlab.errors import ConfigError, UserError
-from fusionlab.nn.functional.diffusion import SAMPLERS, Process
+from fusionlab.nn.functional.diffusion import Process
 from fusionlab.objectives.metrics import Mean
 from fusionlab.objectives.next_token import NextToken, NextTokenConfig
 from fusionlab.objectives.noise import (
@@ -35,12 +35,6 @@ class NextTokenDiffusionConfig(NextTokenConfig):
   diffusion_weight: float = option(
     5.0, "lambda, weight of the loss of pictures beside that of text", minimum=0
   )
-  process: str = option(
-    "ddpm",
-    "ddpm: predict the noise; flow: rectified flow, predict noise - data",
-    choices=tuple(SAMPLERS),
-  )
-  num_timesteps: int = option(1000, "T, timesteps of ddpm", minimum=1)
   flow_time: str = option(
     "uniform",
     "how flow draws its times; logit_normal: mostly from the middle (Esser et"
@@ -68,7 +62,33 @@ class NextTokenDiffusionConfig(NextTokenConfig):
     Raises:
       ConfigError: the key, its value and what is allowed.
     """
-    least = 1 / self.num_timesteps if self.process == "ddpm" else 0.0
+    self._check_levels(path, 0.0)
+    if len(set(self.heldout_times)) < len(self.heldout_times):
+      raise ConfigError(
+        f"{path}.heldout_times={self.heldout_times} has one twice"
+      )
+
+  def check_model(self, path: str, model: Any) -> None:
+    """Refuses a model that predicts no noise, and times that its process lacks.
+
+    Raises:
+      ConfigError: the key, its value and what is allowed.
+    """
+    process = getattr(model, "process", None)
+    if process is None:
+      raise ConfigError(
+        f"{path}.kind={self.kind!r} needs a model that predicts noise, which"
+        f" config.model.kind={model.kind!r} does not; set it to 'transfusion'"
+      )
+    if process == "ddpm":
+      self._check_levels(path, 1 / model.num_timesteps)
+    if process != "flow" and self.flow_time != "uniform":
+      raise ConfigError(
+        f"{path}.flow_time={self.flow_time!r} is of config.model.process='flow';"
+        f" config.model.process={process!r} draws its timesteps evenly"
+      )
+
+  def _check_levels(self, path: str, least: float) -> None:
     for key in ("noise_limit", "heldout_times"):
       value = getattr(self, key)
       low = min(value, default=0.0) if isinstance(value, tuple) else value
@@ -77,15 +97,6 @@ class NextTokenDiffusionConfig(NextTokenConfig):
           f"{path}.{key}={value!r} must be noise levels above 0"
           f"{f' and at least {least:g}, one timestep' if least else ''}"
         )
-    if len(set(self.heldout_times)) < len(self.heldout_times):
-      raise ConfigError(
-        f"{path}.heldout_times={self.heldout_times} has one twice"
-      )
-    if self.process != "flow" and self.flow_time != "uniform":
-      raise ConfigError(
-        f"{path}.flow_time={self.flow_time!r} is of process='flow';"
-        f" process={self.process!r} draws its timesteps evenly"
-      )
 
 
 def _inside(batch: Batch) -> jax.Array:
@@ -124,7 +135,6 @@ class NextTokenDiffusion(NextToken):
         f" config.objective.kind='next_token'"
       )
     self.config: NextTokenDiffusionConfig = config
-    self.process = Process(config.process, config.num_timesteps)
 
   def balance(self, batch: Batch) -> Batch:
     """Weighs pictures so that the sum of both means is one mean over the step.
@@ -161,7 +171,7 @@ class NextTokenDiffusion(NextToken):
     """Runs the model on noisy pictures and scores what it predicts.
 
     Args:
-      model: has `unembedding`, and `apply` that takes `denoise=True`.
+      model: has `unembedding`, `process`, and `apply` that takes `denoise=True`.
       params: its parameters.
       batch: rows of packed documents with clean latents; in training, of a batch
         that `balance` returned, as `make_train_step` has it.
@@ -187,7 +197,8 @@ class NextTokenDiffusion(NextToken):
       )
     if self.config.word_dropout:
       batch = self._drop_words(batch, jax.random.fold_in(dropout_key, 1))
-    time, noise = self._draw(batch, jax.random.fold_in(dropout_key, 2))
+    key = jax.random.fold_in(dropout_key, 2)
+    time, noise = self._draw(model.process, batch, key)
     rngs = {"dropout": dropout_key}
     hidden, error = self._denoise(
       model, params, batch, time, noise, train=True, rngs=rngs
@@ -278,7 +289,7 @@ class NextTokenDiffusion(NextToken):
   ) -> tuple[jax.Array, jax.Array]:
     """Hidden states, and the mean square error [B, L] of each patch."""
     inside, clean = _inside(batch), jnp.asarray(batch.latents)
-    noisy = self.process.noisy(clean, noise, time)
+    noisy = model.process.noisy(clean, noise, time)
     seen = jnp.where(inside[..., None], noisy, 0.0)
     hidden, prediction = model.apply(
       {"params": params},
@@ -286,20 +297,22 @@ class NextTokenDiffusion(NextToken):
       denoise=True,
       **options,
     )
-    target = self.process.target(clean, noise)
+    target = model.process.target(clean, noise)
     error = jnp.square(prediction.astype(jnp.float32) - target).mean(axis=-1)
     return hidden, jnp.where(inside, error, 0.0)
 
-  def _draw(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def _draw(
+    self, process: Process, batch: Batch, key: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
     """Noise levels [B, L], one a picture, 0 elsewhere; noise [B, L, C]."""
     config = self.config
     of_times, of_noise = jax.random.split(key)
     time = uniform_of_spans(of_times, batch)
     first = before_text(batch, self.vocabulary)
     limit = jnp.where(first, config.noise_limit, 1.0)
-    if config.process == "ddpm":
-      last = jnp.floor(limit * config.num_timesteps + 1e-3)
-      time = jnp.clip(jnp.ceil(time * last), 1, last) / config.num_timesteps
+    if process.kind == "ddpm":
+      last = jnp.floor(limit * process.num_timesteps + 1e-3)
+      time = jnp.clip(jnp.ceil(time * last), 1, last) / process.num_timesteps
     elif config.flow_time == "logit_normal":
       time = limit * jax.nn.sigmoid(jax.scipy.special.ndtri(time))
     else:

@@ -46,6 +46,15 @@ class NextTokenConfig:
     maximum=1.0,
   )
 
+  def check_model(self, path: str, model: Any) -> None:
+    """Rules that join an objective and what it trains; any model will do here.
+
+    Args:
+      path: the objective's dotted name, for messages.
+      model: `config.model`.
+    """
+    del path, model
+
 
 class NextToken:
   """mean over weighted targets of  −log p(target) + z_loss · log² Z.

@@ -26,6 +26,7 @@ from fusionlab.batch import (
   packed_batch,
 )
 from fusionlab.errors import UserError
+from fusionlab.nn.functional.diffusion import Process
 from fusionlab.objectives.diffusion import (
   NextTokenDiffusion,
   NextTokenDiffusionConfig,
@@ -93,6 +94,8 @@ def _masks(case: Mapping[str, np.ndarray]) -> Pairs:
 class _Recorded:
   """A model that says what was recorded of another."""
 
+  process = Process("flow")
+
   def __init__(self, logits: np.ndarray, prediction: np.ndarray, ids: int):
     # A last feature of 1 takes ids that the other lacks out of the softmax.
     rows, length, width = logits.shape
@@ -120,8 +123,10 @@ class _RecordedDraw(NextTokenDiffusion):
 
   drawn: tuple[jax.Array, jax.Array]
 
-  def _draw(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    del batch, key
+  def _draw(
+    self, process: Process, batch: Batch, key: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    del process, batch, key
     return self.drawn
 
 
@@ -173,21 +178,21 @@ def _losses(case: Mapping[str, np.ndarray]) -> Pairs:
       batch, weight=np.where(mine, 1, language).astype(np.float32)
     )
     config = NextTokenDiffusionConfig(
-      process="flow",
       z_loss=0.0,
       diffusion_weight=float(mine.sum() / language.sum()),
     )
     objective = _RecordedDraw(config, vocabulary, np.ones(text, np.int32))
     level = place(np.concatenate(time))[..., 0]
     objective.drawn = (jnp.asarray(level), noise)
+    model = _Recorded(logits, -place(prediction), vocabulary.size)
     means = objective(
-      _Recorded(logits, -place(prediction), vocabulary.size),
+      model,
       {},
       objective.balance(batch),
       train=True,
       dropout_key=jax.random.key(0),
     )
-    target = objective.process.target(jnp.asarray(batch.latents), noise)
+    target = model.process.target(jnp.asarray(batch.latents), noise)
     scored = np.where(language > 0, batch.target, -1)[:, :-1]
     pairs |= {
       "ce/labels": (scored, labels),

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fusionlab.batch import packed_batch
+from fusionlab.nn.functional.diffusion import Process
 from tests.models.pictures import GRID, PATCH, VOCABULARY, documents
 
-WIDTH = 16
+WIDTH, _DDPM = 16, Process()
 BYTES = np.concatenate([np.zeros(5), np.arange(PATCH - 5) % 3 + 1])
 
 
@@ -49,6 +50,8 @@ def random_pictures(seed, rows=4, length=48):
 @dataclasses.dataclass(frozen=True)
 class Tables:
   """A model of tables: a position sees itself and its row's mean latents."""
+
+  process: Process = _DDPM
 
   def init(self, seed=0):
     """Random parameters."""

@@ -9,8 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from fusionlab.config import from_mapping
-from fusionlab.errors import ConfigError, UserError
+from fusionlab.errors import UserError
 from fusionlab.nn.functional.diffusion import Process
 from fusionlab.objectives import build_objective
 from fusionlab.objectives.diffusion import (
@@ -35,7 +34,7 @@ from tests.objectives.pictures import (
 )
 from tests.objectives.test_next_token import VOCABULARY as CODES
 
-MODEL, KEY = Tables(), jax.random.key(3)
+MODEL, FLOW, KEY = Tables(), Tables(Process("flow")), jax.random.key(3)
 PARAMS = MODEL.init()
 
 
@@ -64,9 +63,9 @@ def heldout(objective, params, batch):
   return objective(MODEL, params, batch, train=False)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def drawn(objective, batch, key):
-  return objective._draw(jax.tree.map(jnp.asarray, batch), key)
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def drawn(objective, batch, key, process=MODEL.process):
+  return objective._draw(process, jax.tree.map(jnp.asarray, batch), key)
 
 
 noise_of = jax.jit(normal_of_values, static_argnums=0)
@@ -93,34 +92,35 @@ def language_loss(params, batch, time=None, latents=None, z_loss=1e-5):
   return (weight * (nll + z_loss * log_z**2)).sum() / weight.sum()
 
 
-def picture_losses(objective, params, batch, time, noise):
+def picture_losses(process, params, batch, time, noise):
   """Mean square of each picture's error."""
   clean, noise = jnp.asarray(batch.latents), jnp.asarray(noise)
-  noisy = objective.process.noisy(clean, noise, time)
+  noisy = process.noisy(clean, noise, time)
   noisy = np.where((batch.span > 0)[..., None], noisy, 0)
   seen = dataclasses.replace(batch, latents=noisy, time=jnp.asarray(time))
   seen = jax.tree.map(jnp.asarray, seen)
   _, prediction = MODEL.apply(
     {"params": params}, seen, train=True, denoise=True
   )
-  error = np.square(prediction - objective.process.target(clean, noise))
+  error = np.square(prediction - process.target(clean, noise))
   losses = [error[row, places].mean() for row, places in spans_of(batch)]
   return np.asarray(losses), noisy
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize(
-  "settings", [{}, {"process": "flow", "diffusion_weight": 0.5}], ids=str
+  ("model", "settings"),
+  [(MODEL, {}), (FLOW, {"diffusion_weight": 0.5})],
+  ids=("ddpm", "flow"),
 )
-def test_the_loss_is_both_means(settings):
+def test_the_loss_is_both_means(model, settings):
   """Over text targets, and lambda times over pictures, whatever the packing."""
   objective = objective_of(**settings)
   batch = random_pictures(0)
-  loss, means, _ = trained(objective, PARAMS, batch, KEY)
-  time, noise = map(
-    np.asarray, drawn(objective, batch, jax.random.fold_in(KEY, 2))
-  )
-  losses, noisy = picture_losses(objective, PARAMS, batch, time, noise)
+  loss, means, _ = trained(objective, PARAMS, batch, KEY, model)
+  key = jax.random.fold_in(KEY, 2)
+  time, noise = map(np.asarray, drawn(objective, batch, key, model.process))
+  losses, noisy = picture_losses(model.process, PARAMS, batch, time, noise)
   text = language_loss(PARAMS, batch, jnp.asarray(time), noisy)
   np.testing.assert_allclose(
     loss,
@@ -174,22 +174,23 @@ def expected_limit(batch, row, places):
 
 
 @pytest.mark.parametrize(
-  "settings",
+  ("process", "settings"),
   [
-    {},
-    {"process": "flow"},
-    {"process": "flow", "flow_time": "logit_normal"},
-    {"num_timesteps": 4},
+    (Process(), {}),
+    (Process("flow"), {}),
+    (Process("flow"), {"flow_time": "logit_normal"}),
+    (Process("ddpm", 4), {}),
   ],
   ids=str,
 )
-def test_a_picture_has_one_level_within_its_limit(settings):
+def test_a_picture_has_one_level_within_its_limit(process, settings):
   """A property of random packings: half the levels before its document's text."""
   objective = objective_of(**settings)
   levels = {0.5: [], 1.0: []}
   for seed in range(40):
     batch = random_pictures(seed)
-    time, noise = map(np.asarray, drawn(objective, batch, jax.random.key(seed)))
+    key = jax.random.key(seed)
+    time, noise = map(np.asarray, drawn(objective, batch, key, process))
     assert (time[batch.span == 0] == 0).all()
     assert noise.shape == batch.latents.shape
     for row, places in spans_of(batch):
@@ -200,20 +201,22 @@ def test_a_picture_has_one_level_within_its_limit(settings):
     found = np.asarray(found)
     assert len(found) > 50
     assert found.min() > 0 and found.max() <= limit
-    assert len(set(found)) > (1 if "num_timesteps" in settings else 40)
+    assert len(set(found)) > (1 if process.num_timesteps == 4 else 40)
     # Evenly drawn, to four standard errors; in the middle of the limit all are.
     centre = limit / 2
-    if objective.config.process == "ddpm":
-      t = found * objective.config.num_timesteps
+    if process.kind == "ddpm":
+      t = found * process.num_timesteps
       np.testing.assert_allclose(t, np.round(t), atol=1e-3)
-      centre += 0.5 / objective.config.num_timesteps
+      centre += 0.5 / process.num_timesteps
     assert abs(found.mean() - centre) < 4 * 0.3 * limit / len(found) ** 0.5
   if objective.config.flow_time == "logit_normal":
     assert np.std(levels[1.0]) < 0.25  # uniform: 0.289
   # Without a limit the first pictures get all levels too.
   no_limit = objective_of(**settings, noise_limit=1.0)
   times = [
-    np.asarray(drawn(no_limit, random_pictures(s), jax.random.key(s))[0])
+    np.asarray(
+      drawn(no_limit, random_pictures(s), jax.random.key(s), process)[0]
+    )
     for s in range(8)
   ]
   assert max(t.max() for t in times) > 0.9
@@ -229,8 +232,8 @@ def test_levels_and_noise_depend_on_the_key():
 class FromValues(NextTokenDiffusion):
   """Levels and noise from the pictures, so that any split has the same."""
 
-  def _draw(self, batch, key):
-    del key
+  def _draw(self, process, batch, key):
+    del process, key
     inside = batch.span > 0
     level = jnp.where(inside, batch.position % 9 * 0.1 + 0.05, 0.0)
     return level, jnp.sin(40 * batch.latents)
@@ -302,7 +305,7 @@ def test_heldout_pictures_are_scored_at_every_level():
   expected = []
   for level in times:
     time = np.where(batch.span > 0, level, 0).astype(np.float32)
-    losses, _ = picture_losses(objective, PARAMS, batch, time, noise)
+    losses, _ = picture_losses(MODEL.process, PARAMS, batch, time, noise)
     expected.append(losses.mean())
     found = means[f"mse/image/t{level:g}"]
     np.testing.assert_allclose(found.value(), expected[-1], rtol=1e-5)
@@ -380,7 +383,7 @@ def test_the_model_trains_on_it():
   time, noise = drawn(objective, batch, jax.random.fold_in(KEY, 2))
   clean = jnp.asarray(batch.latents)
   noisy = jnp.where(
-    (batch.span > 0)[..., None], objective.process.noisy(clean, noise, time), 0
+    (batch.span > 0)[..., None], model.process.noisy(clean, noise, time), 0
   )
   seen = dataclasses.replace(batch, latents=noisy, time=time)
   _, prediction = pictures.denoise(model, params, seen)
@@ -397,32 +400,6 @@ def test_word_dropout_leaves_pictures():
   objective, batch = objective_of(word_dropout=1.0), random_pictures(0)
   kept = jax.jit(objective._drop_words)(batch, KEY)
   np.testing.assert_array_equal(kept.tokens, batch.tokens)
-
-
-def test_the_flow_and_ddpm_are_the_processes_of_the_mathematics():
-  assert objective_of().process == Process("ddpm", 1000)
-  assert objective_of(process="flow").process.kind == "flow"
-
-
-@pytest.mark.parametrize(
-  ("settings", "said"),
-  [
-    ({"process": "dpm"}, "did you mean 'ddpm'"),
-    ({"heldout_times": (0.0, 0.5)}, "above 0"),
-    ({"heldout_times": (0.5, 0.5)}, "one twice"),
-    ({"heldout_times": ()}, "above 0"),
-    ({"heldout_times": (1.5,)}, "at most 1.0"),
-    ({"noise_limit": 0.0}, "at least 0.001, one timestep"),
-    ({"noise_limit": 0.0, "process": "flow"}, "above 0"),
-    ({"flow_time": "logit_normal"}, "of process='flow'"),
-    ({"diffusion_weight": -1.0}, "at least 0"),
-  ],
-  ids=str,
-)
-def test_a_wrong_setting_is_said(settings, said):
-  with pytest.raises(ConfigError) as error:
-    from_mapping(NextTokenDiffusionConfig, settings, "config.objective")
-  assert said in str(error.value) and "config.objective." in str(error.value)
 
 
 def test_what_the_objective_needs_is_said():
