@@ -15,8 +15,14 @@ _SETTINGS = (
   "max_new_tokens",
   "seed",
   "stop",
+  "snapshots",
   *_SAMPLING,
 )
+_FLAG_OF_TYPE = {
+  int: flags.DEFINE_integer,
+  float: flags.DEFINE_float,
+  str: flags.DEFINE_string,
+}
 NAMES = ("prompt", "image", "prompt_file", "out", *_SETTINGS)
 
 
@@ -52,10 +58,14 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_multi_string(
     "stop", [], "generate: string that ends a continuation", **to
   )
+  flags.DEFINE_integer(
+    "snapshots",
+    0,
+    "generate: pictures from on the way to each continuous picture",
+    **to,
+  )
   for field in dataclasses.fields(Sampling):
-    define: Any = flags.DEFINE_float
-    if field.type is int:
-      define = flags.DEFINE_integer
+    define: Any = _FLAG_OF_TYPE[field.type]
     help_text = f"generate: {field.metadata['help']}"
     define(field.name, field.default, help_text, **to)
 

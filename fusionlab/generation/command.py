@@ -20,7 +20,8 @@ from rich.progress import (
 )
 
 from fusionlab.errors import UserError
-from fusionlab.generation.config import Request
+from fusionlab.generation.config import Request, Sampling
+from fusionlab.generation.denoising import snapshot_steps
 from fusionlab.generation.generate import Generated, generate
 from fusionlab.generation.prompts import PARTS, Part, Prompt
 from fusionlab.train.checkpoint import find, load_model
@@ -63,7 +64,8 @@ def run(
   """Generates with the newest checkpoint of a run and writes what came out.
 
   Pictures become PNGs, texts `generated.txt`, and all of it with the settings
-  `generated.json`.
+  `generated.json`. A continuous picture's snapshots become a PNG each, named by the
+  sampler's step, and with the picture one strip.
 
   Args:
     workdir: the run's folder, or a checkpoint's.
@@ -141,6 +143,10 @@ def _write(
 ) -> str:
   """Writes the files of a folder; returns what `generated.txt` says."""
   entries, lines = [], []
+  steps = snapshot_steps(
+    settings.get("snapshots", 0),
+    settings.get("diffusion_steps", Sampling.diffusion_steps),
+  )
   for result in results:
     name = f"{result.prompt:03d}_{result.sample}"
     parts = []
@@ -149,9 +155,18 @@ def _write(
         parts.append({"text": part})
         continue
       number = sum("picture" in p for p in parts)
-      file = f"{name}.png" if not number else f"{name}_{number}.png"
-      Image.fromarray(np.asarray(part)).save(folder / file)
-      parts.append({"picture": file})
+      stem = f"{name}_{number}" if number else name
+      entry: dict[str, Any] = {"picture": f"{stem}.png"}
+      files = {entry["picture"]: part}
+      if steps:
+        before = result.snapshots[number]
+        stages = [f"{stem}_step{i:03d}.png" for i in steps]
+        files |= dict(zip(stages, before, strict=True))
+        entry |= {"steps": stages, "strip": f"{stem}_steps.png"}
+        files[entry["strip"]] = np.concatenate([*before, part], axis=1)
+      for file, pixels in files.items():
+        Image.fromarray(np.asarray(pixels)).save(folder / file)
+      parts.append(entry)
     prompt = _said(prompts[result.prompt])
     entries.append(
       {

@@ -7,11 +7,16 @@ from typing import Any
 from fusionlab.config import option
 
 MAX_NEW_TOKENS = 256
+# Fields of `Sampling` that say how continuous pictures are drawn, and no more.
+DIFFUSION = ("diffusion_steps", "sampler", "eta", "clip_latents")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How the next id is drawn. The defaults are for small models of pictures."""
+  """How the next id, or a continuous picture, is drawn.
+
+  The defaults are for small models of pictures.
+  """
 
   temperature: float = option(
     0.3, "divides the logits; 0 takes the likeliest id", minimum=0.0
@@ -35,6 +40,26 @@ class Sampling:
   guidance: float = option(
     1.0,
     "classifier-free guidance of pictures, w of u + w (c - u); 1: none",
+    minimum=0.0,
+  )
+  diffusion_steps: int = option(
+    50, "steps in which a continuous picture is drawn", minimum=1
+  )
+  sampler: str = option(
+    "",
+    "of those steps: ddpm, ddim, or euler for rectified flow; '': the process's"
+    " first",
+  )
+  eta: float = option(
+    0.0,
+    "noise that a step of ddim adds, from none to as much as ddpm's",
+    minimum=0.0,
+    maximum=1.0,
+  )
+  clip_latents: float = option(
+    5.0,
+    "largest |x0| of what a step takes the picture for, in standard deviations of"
+    " the latents; 0: no bound",
     minimum=0.0,
   )
 

@@ -1,6 +1,7 @@
 """`fusionlab.generate`: prompts in, texts and pictures out."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,15 +14,11 @@ from fusionlab.errors import UserError, nearest
 from fusionlab.generation import prompts as documents
 from fusionlab.generation.blocks import Blocks
 from fusionlab.generation.config import MAX_NEW_TOKENS, Sampling
-from fusionlab.generation.prompts import Prompt
-from fusionlab.generation.sampler import (
-  FINISH,
-  RUNNING,
-  STOP,
-  Processor,
-  Sampler,
-  State,
-)
+from fusionlab.generation.denoising import Hook
+from fusionlab.generation.program import Processor
+from fusionlab.generation.prompts import Encoded, Prompt
+from fusionlab.generation.rows import FINISH, RUNNING, STOP, State
+from fusionlab.generation.sampler import Sampler
 from fusionlab.tokenizers import Tokenizers
 
 # Ids between two looks at the rows: for stop strings and the progress bar.
@@ -40,6 +37,10 @@ class Generated:
     parts: what was generated: texts, and pictures uint8 [S, S, 3], in order.
     finish: "eos", "stop" (a stop id or string, or the picture asked for is
       whole) or "length".
+    latents: values of the document's patches, float32 [patches, C], in order;
+      None for a model without continuous pictures.
+    snapshots: for each of `pictures` what the sampler took it for at some of its
+      steps, uint8 [K, S, S, 3]; empty where none were asked for.
   """
 
   prompt: int
@@ -47,6 +48,8 @@ class Generated:
   ids: tuple[int, ...]
   parts: tuple[str | np.ndarray, ...]
   finish: str
+  latents: np.ndarray | None = None
+  snapshots: tuple[np.ndarray, ...] = ()
 
   @property
   def text(self) -> str:
@@ -56,14 +59,14 @@ class Generated:
   @property
   def pictures(self) -> list[np.ndarray]:
     """The generated pictures."""
-    return [part for part in self.parts if not isinstance(part, str)]
+    return _pictures(self.parts)
 
 
 def generate(
   model: Any,
   params: Any,
   tokenizers: Tokenizers,
-  prompts: Prompt | Sequence[Prompt | Sequence[int]],
+  prompts: Prompt | Encoded | Sequence[Prompt | Encoded | Sequence[int]],
   *,
   make: str = "auto",
   num_samples: int = 1,
@@ -73,6 +76,8 @@ def generate(
   seed: int = 0,
   rows: int = 64,
   processors: Sequence[Processor] = (),
+  snapshots: int = 0,
+  denoise_hook: Hook | None = None,
   on_progress: Callable[[int, int], None] | None = None,
   **sampling: Any,
 ) -> list[Generated]:
@@ -86,7 +91,8 @@ def generate(
     params: its parameters.
     tokenizers: its tokenizers.
     prompts: one text or picture, or several prompts, each a text, a picture, a
-      sequence of them (see `prompts.encode`), or a list of ids.
+      sequence of them (see `prompts.encode`), a list of ids, or, where a
+      picture in it is continuous, a `prompts.Encoded`.
     make: "auto" lets the model choose between text and pictures, "text" writes at
       least one id of text and no picture, "image" makes one picture and ends.
     num_samples: continuations of each prompt.
@@ -96,18 +102,23 @@ def generate(
     stop_ids: ids that do.
     seed: root of the random streams.
     rows: continuations that run at a time.
-    processors: pure functions (logits, state) -> logits, see `sampler.Processor`;
+    processors: pure functions (logits, state) -> logits, see `program.Processor`;
       the same function object compiles once.
+    snapshots: pictures from on the way to each continuous picture, K.
+    denoise_hook: pure, changes what blocks' attention returns on that way, see
+      `denoising.Hook`; the same function object compiles once.
     on_progress: called with (continuations ended, all) now and then.
     **sampling: fields of `Sampling`: temperature, top_k, top_p, min_p,
-      repetition_penalty, guidance.
+      repetition_penalty, guidance; of continuous pictures diffusion_steps,
+      sampler, eta, clip_latents.
 
   Returns:
     `num_samples` continuations of the first prompt, then of the second, …
 
   Raises:
-    UserError: an unknown setting or one out of range, a prompt that is too long
-      or no prompt, a picture that cannot be read.
+    UserError: an unknown setting or one out of range or one that does not go with
+      the model, a prompt that is too long or no prompt, a picture that cannot be
+      read.
   """
   settings = from_mapping(Sampling, sampling, "sampling")
   vocabulary = tokenizers.vocabulary
@@ -125,7 +136,8 @@ def generate(
       raise UserError(f"{name}={value} must be at least 1")
   blocks = Blocks(vocabulary, tokenizers.block_lengths)
   asked = 0 if make == "auto" else vocabulary.index(make)
-  starts = [_ids(p, tokenizers) for p in _listed(prompts)]
+  encoded = [_encoded(p, tokenizers) for p in _listed(prompts)]
+  starts = [e.ids for e in encoded]
   shown_from = [len(ids) for ids in starts]
   may_open: tuple[int, ...] = ()
   if make == vocabulary.modalities[0]:
@@ -146,6 +158,8 @@ def generate(
     stop_ids=stop_ids,
     min_new=int(make == vocabulary.modalities[0]),
     processors=processors,
+    snapshots=snapshots,
+    denoise_hook=denoise_hook,
   )
   order = [(p, s) for p in range(len(starts)) for s in range(num_samples)]
   root = jax.random.key(seed)
@@ -156,7 +170,11 @@ def generate(
       root, np.array([s for _, s in here])
     )
     state = sampler.begin(
-      [starts[p] for p, _ in here], keys, max_new=max_new_tokens, length=length
+      [starts[p] for p, _ in here],
+      keys,
+      max_new=max_new_tokens,
+      length=length,
+      latents=[encoded[p].latents for p, _ in here],
     )
     written = _run(
       sampler,
@@ -170,18 +188,42 @@ def generate(
     )
     ends = () if asked else (vocabulary.eos, *stop_ids)
     kept = [row.ids[:-1] if row.ids[-1] in ends else row.ids for row in written]
-    shown = documents.decode(
-      kept, tokenizers, starts=[shown_from[p] for p, _ in here]
+    show = functools.partial(
+      documents.decode,
+      kept,
+      tokenizers,
+      starts=[shown_from[p] for p, _ in here],
     )
-    for (p, s), ids, parts, row in zip(here, kept, shown, written, strict=True):
+    shown = show(latents=[row.latents for row in written])
+    before = [
+      show(latents=[row.snapshots[k] for row in written])
+      for k in range(snapshots)
+    ]
+    for i, ((p, s), row) in enumerate(zip(here, written, strict=True)):
+      parts = shown[i]
+      stages = [_pictures(stage[i]) for stage in before]
       if row.cut:
         parts[-1] = _before(str(parts[-1]), stop)
-      done.append(Generated(p, s, tuple(ids), tuple(parts), row.finish))
+      done.append(
+        Generated(
+          p,
+          s,
+          tuple(kept[i]),
+          tuple(parts),
+          row.finish,
+          row.latents if vocabulary.continuous else None,
+          tuple(np.stack(each) for each in zip(*stages, strict=True)),
+        )
+      )
   return done
 
 
+def _pictures(parts: Sequence[str | np.ndarray]) -> list[np.ndarray]:
+  return [part for part in parts if not isinstance(part, str)]
+
+
 def _listed(prompts: Any) -> list[Any]:
-  if isinstance(prompts, documents.PARTS):
+  if isinstance(prompts, (*documents.PARTS, Encoded)):
     return [prompts]
   listed = list(prompts)
   if not listed:
@@ -189,11 +231,13 @@ def _listed(prompts: Any) -> list[Any]:
   return listed
 
 
-def _ids(prompt: Any, tokenizers: Tokenizers) -> list[int]:
+def _encoded(prompt: Any, tokenizers: Tokenizers) -> Encoded:
+  if isinstance(prompt, Encoded):
+    return prompt
   if not isinstance(prompt, documents.PARTS) and all(
     isinstance(part, int | np.integer) for part in prompt
   ):
-    return [int(i) for i in prompt]
+    return Encoded([int(i) for i in prompt])
   return documents.encode(prompt, tokenizers)
 
 
@@ -211,11 +255,21 @@ def _row_length(model: Any, starts: list[list[int]], max_new: int) -> int:
 
 
 class _Row(NamedTuple):
-  """A finished row; `cut` where a stop string ended it."""
+  """A finished row.
+
+  Attributes:
+    ids: of the whole row.
+    finish: see `Generated`.
+    cut: whether a stop string ended it.
+    latents: [p, C] of its p patches, none where pictures are codes.
+    snapshots: [K, p, C], likewise.
+  """
 
   ids: list[int]
   finish: str
   cut: bool
+  latents: np.ndarray
+  snapshots: np.ndarray
 
 
 def _run(
@@ -244,14 +298,25 @@ def _run(
     on_ended(int((finished != RUNNING).sum()))
     if (finished != RUNNING).all():
       break
-  return [
-    _Row(
-      tokens[row, : cut.get(row, lengths[row])].tolist(),
-      FINISH[finished[row]],
-      row in cut,
+  latents, snapshots = jax.device_get((state.latents, state.snapshots))
+  if latents is None:
+    latents = np.zeros((*tokens.shape, 0), np.float32)
+    snapshots = latents[:, None]
+  rows = []
+  for row, reason in enumerate(finished):
+    ids = tokens[row, : cut.get(row, lengths[row])]
+    modality = tokenizers.vocabulary.modality_of(ids)
+    (patches,) = np.nonzero(np.isin(modality, tokenizers.vocabulary.continuous))
+    rows.append(
+      _Row(
+        ids.tolist(),
+        FINISH[reason],
+        row in cut,
+        latents[row, patches],
+        snapshots[row][:, patches],
+      )
     )
-    for row in range(len(finished))
-  ]
+  return rows
 
 
 def _first_stop(

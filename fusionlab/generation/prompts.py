@@ -1,10 +1,12 @@
 """Texts and pictures to the ids of a prompt, and ids back to what they show."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+from jaxtyping import Float
 from PIL import Image
 
 from fusionlab.batch import Vocabulary
@@ -18,8 +20,22 @@ Prompt: TypeAlias = Part | Sequence[Part]
 PARTS = (str, Path, np.ndarray, Image.Image)
 
 
-def encode(prompt: Prompt, tokenizers: Tokenizers) -> list[int]:
-  """Ids of the beginning of a document: `<bos>`, then the parts in order.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoded:
+  """A document, or its beginning, as a model takes it.
+
+  Attributes:
+    ids: of the shared vocabulary.
+    latents: values of the ids that stand for patches of continuous pictures, in
+      order; None where there is none.
+  """
+
+  ids: list[int]
+  latents: Float[np.ndarray, "_ C"] | None = None
+
+
+def encode(prompt: Prompt, tokenizers: Tokenizers) -> Encoded:
+  """The beginning of a document: `<bos>`, then the parts in order.
 
   Args:
     prompt: a text or a picture, or several of them in any order. A picture is a
@@ -31,7 +47,7 @@ def encode(prompt: Prompt, tokenizers: Tokenizers) -> list[int]:
       where the model is of text only.
   """
   vocabulary = tokenizers.vocabulary
-  ids = [vocabulary.bos]
+  ids, latents = [vocabulary.bos], []
   for part in [prompt] if isinstance(prompt, PARTS) else prompt:
     if isinstance(part, str):
       ids += tokenizers.text.encode(part)
@@ -39,10 +55,13 @@ def encode(prompt: Prompt, tokenizers: Tokenizers) -> list[int]:
     pixels, pictures = _pixels(part), tokenizers.pictures("a prompt's picture")
     codes = pictures.encode(square(pixels, pictures.image_size)[None])[0]
     image = vocabulary.index("image")
+    if image in vocabulary.continuous:
+      latents.append(codes)
+      codes = np.zeros(len(codes), np.int64)
     ids.append(vocabulary.begin[image])
     ids += (codes + vocabulary.offset(image)).tolist()
     ids.append(vocabulary.end[image])
-  return ids
+  return Encoded(ids, np.concatenate(latents) if latents else None)
 
 
 def _pixels(part: Part) -> np.ndarray:
@@ -82,6 +101,7 @@ def decode(
   tokenizers: Tokenizers,
   *,
   starts: Sequence[int] | None = None,
+  latents: Sequence[Float[np.ndarray, "_ C"]] | None = None,
 ) -> list[list[str | np.ndarray]]:
   """What ids show: of each document its texts and pictures in order.
 
@@ -89,6 +109,8 @@ def decode(
     documents: ids with whole blocks; specials outside of blocks show nothing.
     tokenizers: of the model.
     starts: first id of each document that is shown; default 0.
+    latents: of each document, values of all of its patches; needed where its
+      pictures are continuous.
 
   Returns:
     Per document str and uint8 [S, S, 3].
@@ -99,12 +121,17 @@ def decode(
   vocabulary, lengths = tokenizers.vocabulary, tokenizers.block_lengths
   parts: list[list[Any]] = []
   codes: list[np.ndarray] = []
+  values = latents or [np.zeros((0, 0), np.float32)] * len(documents)
 
   def show(text: Sequence[int], first: int, ids: Sequence[int]) -> None:
     goes_on = continues(ids, first, vocabulary)
     parts[-1].append(tokenizers.text.decode(text, continues=goes_on))
 
-  for ids, first in zip(documents, starts or [0] * len(documents), strict=True):
+  for ids, first, patches in zip(
+    documents, starts or [0] * len(documents), values, strict=True
+  ):
+    modality = vocabulary.modality_of(np.asarray(ids))
+    before = np.cumsum(np.isin(modality, vocabulary.continuous))
     parts.append([])
     at = first
     while at < len(ids):
@@ -120,7 +147,11 @@ def decode(
         )
       show(ids[first:at], first, ids)
       parts[-1].append(len(codes))
-      codes.append(block - vocabulary.offset(image))
+      if image in vocabulary.continuous:
+        # The begin is no patch: those up to it are those before the picture.
+        codes.append(patches[before[at] : before[at] + number])
+      else:
+        codes.append(block - vocabulary.offset(image))
       at += number + 2
       first = at
     show(ids[first:], first, ids)

@@ -17,24 +17,25 @@ _NEVER = -jnp.inf
 
 
 def guide(
-  conditional: Float[Array, "B V"],
-  unconditional: Float[Array, "B V"],
+  conditional: Float[Array, "B *s"],
+  unconditional: Float[Array, "B *s"],
   where: Bool[Array, " B"],
   weight: Float[Array, ""] | float,
-) -> Float[Array, "B V"]:
+) -> Float[Array, "B *s"]:
   """Classifier-free guidance: c + (w - 1) (c - u).
 
-  Ho and Salimans 2022 (arXiv 2207.12598), Eq. 6, in logits, as Chameleon-like
-  models use it; w = 1 is c to the bit.
+  Ho and Salimans 2022 (arXiv 2207.12598), Eq. 6, of predicted noise, and in
+  logits, as Chameleon-like models use it; w = 1 is c to the bit.
 
   Args:
-    conditional: c, logits of the document.
-    unconditional: u, logits of the same block in a document without caption.
+    conditional: c, what the document predicts.
+    unconditional: u, that of the same block in a document without caption.
     where: rows that are inside of a block; the others keep c.
     weight: w.
   """
   guided = conditional + (weight - 1) * (conditional - unconditional)
-  return jnp.where(where[:, None], guided, conditional)
+  inside = jnp.expand_dims(where, tuple(range(1, conditional.ndim)))
+  return jnp.where(inside, guided, conditional)
 
 
 def penalise(

@@ -44,18 +44,18 @@ def test_a_prompt_is_the_beginning_of_a_document(trio, picture, tmp_path):
   Image.fromarray(picture).save(path)
   v = tokenizers.vocabulary
   words = tokenizers.text.encode("red apple")
-  ids = prompts.encode(["red apple", path, " and"], tokenizers)
+  ids = prompts.encode(["red apple", path, " and"], tokenizers).ids
   assert ids[: 2 + len(words)] == [v.bos, *words, v.begin[1]]
   assert ids[2 + len(words) + 64] == v.end[1]
-  assert prompts.encode("red apple", tokenizers) == [v.bos, *words]
+  assert prompts.encode("red apple", tokenizers).ids == [v.bos, *words]
   same = [path, picture, Image.fromarray(picture)]
-  codes = [prompts.encode([p], tokenizers) for p in same]
+  codes = [prompts.encode([p], tokenizers).ids for p in same]
   assert codes[0] == codes[1] == codes[2]
 
 
 def test_ids_show_their_parts_in_order(trio, picture):
   tokenizers = trio[2]
-  ids = prompts.encode(["red apple", picture, "clock"], tokenizers)
+  ids = prompts.encode(["red apple", picture, "clock"], tokenizers).ids
   words, shown, more = prompts.decode([ids], tokenizers)[0]
   assert (words, more) == ("red apple", "clock")
   assert shown.shape == (64, 64, 3) and shown.dtype == np.uint8
@@ -174,6 +174,8 @@ def test_progress_reaches_the_end(trio):
     ("a", {"temperatur": 1.0}, "temperatur.*did you mean.*temperature"),
     ("a", {"top_p": 1.5}, "sampling.top_p"),
     ("a", {"num_samples": 0}, "num_samples=0 must be at least 1"),
+    ("a", {"diffusion_steps": 0}, "sampling.diffusion_steps"),
+    ("a", {"snapshots": 3}, "snapshots=3: for continuous pictures"),
     ("word " * 200, {}, "has 2.. tokens; the model was trained on rows of 192"),
   ],
 )

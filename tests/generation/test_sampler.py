@@ -10,17 +10,11 @@ import pytest
 
 from fusionlab.batch import batch_of_ids
 from fusionlab.errors import UserError
-from fusionlab.generation import sampler as sampler_module
+from fusionlab.generation import program
 from fusionlab.generation.config import Sampling
-from fusionlab.generation.sampler import (
-  EOS,
-  FULL,
-  STOP,
-  Sampler,
-  fork,
-  rollback,
-)
-from tests.generation.tiny import BLOCKS, TWO, make
+from fusionlab.generation.rows import EOS, FULL, STOP, fork, rollback
+from fusionlab.generation.sampler import Sampler
+from tests.generation.tiny import BLOCKS, TWO, keys_of, make
 
 FREE = Sampling(temperature=1.0, top_k=0)
 PROMPTS = [[1, 7, 8], [1, 9, 10, 11, 12, 3, 30], [1], [1, 3, 31, 32, 33, 34, 4]]
@@ -29,12 +23,6 @@ PROMPTS = [[1, 7, 8], [1, 9, 10, 11, 12, 3, 30], [1], [1, 3, 31, 32, 33, 34, 4]]
 @pytest.fixture(scope="module")
 def tiny():
   return make()
-
-
-def keys_of(n, seed=0):
-  return jax.vmap(jax.random.fold_in, (None, 0))(
-    jax.random.key(seed), jnp.arange(n)
-  )
 
 
 def sampler_for(tiny, sampling=FREE, **options):
@@ -207,9 +195,9 @@ def test_guidance_of_one_equals_none(tiny):
 
 def test_another_temperature_compiles_nothing(tiny):
   run(sampler_for(tiny, Sampling(temperature=0.5, top_k=3)))
-  before = sampler_module._advance._cache_size()
+  before = program.advance._cache_size()
   run(sampler_for(tiny, Sampling(temperature=0.9, top_k=3)))
-  assert sampler_module._advance._cache_size() == before
+  assert program.advance._cache_size() == before
 
 
 def test_rows_end_at_eos_a_stop_id_or_their_limit(tiny):

@@ -106,7 +106,7 @@ def test_pictures_are_refused_in_one_line(trio, prompt, options, said):
 
 def test_parts_of_a_document_are_shown_from_anywhere(trio):
   tokenizers = trio[2]
-  ids = prompts.encode("the apple", tokenizers)
+  ids = prompts.encode("the apple", tokenizers).ids
   for start in range(1, len(ids)):
     before = tokenizers.text.decode(ids[:start])
     (shown,) = prompts.decode([ids], tokenizers, starts=[start])
