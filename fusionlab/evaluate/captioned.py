@@ -9,12 +9,16 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from fusionlab.batch import Vocabulary
-from fusionlab.data.documents import Record, offsets
+from fusionlab.data.documents import Record, document_latents, offsets
 from fusionlab.data.preparation import Prepared
 from fusionlab.errors import UserError, nearest
+
+
+def _no_latents() -> np.ndarray:
+  return np.zeros((0, 0), np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +31,9 @@ class Captioned:
     key: name of the example within its source.
     modality: id of the picture's modality.
     caption: text ids.
-    codes: ids of the picture's codes, in the shared vocabulary.
+    codes: ids of the picture's codes, in the shared vocabulary; of a continuous
+      picture its one id, once a patch.
+    latents: float32, values of a continuous picture's patches; none of codes.
   """
 
   source: str
@@ -36,14 +42,31 @@ class Captioned:
   modality: int
   caption: Int[np.ndarray, " T"]
   codes: Int[np.ndarray, " C"]
+  latents: Float[np.ndarray, "n c"] = dataclasses.field(
+    default_factory=_no_latents
+  )
+
+  @property
+  def picture(self) -> bytes:
+    """The same for the same picture, and for no other."""
+    return self.codes.tobytes() + self.latents.tobytes()
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """Ids, and the span [start, stop) of them that is scored."""
+  """What is scored, and in which surroundings.
+
+  Attributes:
+    ids: of the whole document.
+    span: [start, stop) of what is scored.
+    latents: float32, values of the document's patches, in order.
+  """
 
   ids: list[int]
   span: tuple[int, int]
+  latents: Float[np.ndarray, "n c"] = dataclasses.field(
+    default_factory=_no_latents
+  )
 
 
 def captioned_examples(
@@ -88,7 +111,7 @@ def captioned_examples(
     order = np.random.default_rng(seed).permutation(len(places))
     places = [places[i] for i in order]
   chosen = [
-    _example(name, row, prepared[name].records(split)[row])
+    _example(name, row, prepared[name].records(split)[row], vocabulary)
     for name, row in places[: limit or None]
   ]
   return chosen
@@ -104,7 +127,7 @@ def distinct(examples: Sequence[Captioned], limit: int) -> list[Captioned]:
   chosen: list[Captioned] = []
   seen: set[bytes] = set()
   for example in examples:
-    marks = {example.caption.tobytes(), example.codes.tobytes()}
+    marks = {example.caption.tobytes(), example.picture}
     if len(chosen) == limit:
       break
     if not marks & seen:
@@ -113,7 +136,9 @@ def distinct(examples: Sequence[Captioned], limit: int) -> list[Captioned]:
   return chosen
 
 
-def _example(source: str, index: int, record: Record) -> Captioned:
+def _example(
+  source: str, index: int, record: Record, vocabulary: Vocabulary
+) -> Captioned:
   starts = offsets(record.lengths)
   picture = int(record.part_alternatives[0])
   return Captioned(
@@ -123,6 +148,9 @@ def _example(source: str, index: int, record: Record) -> Captioned:
     modality=int(record.part_modality[1]),
     caption=record.ids[: starts[1]],
     codes=record.ids[starts[picture] : starts[picture + 1]],
+    latents=document_latents(
+      record, vocabulary, reversed=False, alternative=np.zeros(2, np.int64)
+    ),
   )
 
 
@@ -143,6 +171,7 @@ def picture_after_caption(
   return Document(
     [*before, *codes, vocabulary.end[kind]],
     (len(before), len(before) + len(codes)),
+    picture.latents,
   )
 
 
@@ -166,7 +195,7 @@ def caption_after_picture(
     vocabulary.end[kind],
   ]
   ids = [*before, *caption.caption.tolist(), vocabulary.eos]
-  return Document(ids, (len(before), len(ids)))
+  return Document(ids, (len(before), len(ids)), picture.latents)
 
 
 def caption_alone(caption: Captioned, vocabulary: Vocabulary) -> Document:

@@ -38,6 +38,12 @@ class EvaluateConfig:
   guidance: float = option(
     1.0, "classifier-free guidance of drawn pictures", minimum=0.0
   )
+  diffusion_steps: int = option(
+    25, "steps in which a continuous picture is drawn", minimum=1
+  )
+  sampler: str = option(
+    "", "of continuous pictures; '': the first of the objective's process"
+  )
   seed: int = option(
     0, "of the choice of examples, the samples and the bootstrap", minimum=0
   )

@@ -1,4 +1,4 @@
-"""Each captioned picture's own likelihood: means with intervals, extremes."""
+"""Each captioned picture's own loss: means with intervals, extremes."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,32 +13,33 @@ from fusionlab.tokenizers import TextTokenizer
 
 @dataclasses.dataclass(frozen=True)
 class ExampleScore:
-  """How likely one picture is after its caption.
+  """How well one picture is predicted after its caption.
 
   Attributes:
     source, index, key: where it stands, see `Captioned`.
     caption: its text.
-    nll: -log p(codes | caption), nats, summed over the codes.
-    codes: how many.
+    loss: -log p(codes | caption), nats, summed over the codes; of a continuous
+      picture the denoising errors, summed over the patches.
+    positions: how many codes or patches.
   """
 
   source: str
   index: int
   key: str
   caption: str
-  nll: float
-  codes: int
+  loss: float
+  positions: int
 
   @property
-  def nll_per_code(self) -> float:
-    """Nats per code."""
-    return self.nll / self.codes
+  def mean_loss(self) -> float:
+    """Nats per code, or the mean square error of the predicted noise."""
+    return self.loss / self.positions
 
 
 def example_scores(
   scorer: Any, examples: Sequence[Captioned], text: TextTokenizer
 ) -> list[ExampleScore]:
-  """Scores each picture's codes after its caption, `<bos> caption <boi> codes`.
+  """Scores each picture after its caption, `<bos> caption <boi> picture`.
 
   Args:
     scorer: a `fusionlab.evaluate.likelihood.Scorer`.
@@ -46,12 +47,14 @@ def example_scores(
     text: decodes the captions.
 
   Returns:
-    One entry an example, in their order. Sort them by `nll_per_code` for the
+    One entry an example, in their order. Sort them by `mean_loss` for the
     likeliest and the least likely.
   """
   documents = [picture_after_caption(e, e, scorer.vocabulary) for e in examples]
   values = scorer.log_probabilities(
-    [d.ids for d in documents], [d.span for d in documents]
+    [d.ids for d in documents],
+    [d.span for d in documents],
+    latents=[d.latents for d in documents],
   )
   return [
     ExampleScore(
@@ -59,15 +62,15 @@ def example_scores(
       index=e.index,
       key=e.key,
       caption=text.decode(e.caption),
-      nll=-float(v.sum(dtype=np.float64)),
-      codes=len(e.codes),
+      loss=-float(v.sum(dtype=np.float64)),
+      positions=len(e.codes),
     )
     for e, v in zip(examples, values, strict=True)
   ]
 
 
-def nll_per_code(scores: Sequence[ExampleScore], *, seed: int = 0) -> Interval:
-  """Mean nats per code over all codes, with a 95% bootstrap interval.
+def mean_loss(scores: Sequence[ExampleScore], *, seed: int = 0) -> Interval:
+  """Mean over all codes or patches, with a 95% bootstrap interval.
 
   Args:
     scores: at least one.
@@ -77,7 +80,7 @@ def nll_per_code(scores: Sequence[ExampleScore], *, seed: int = 0) -> Interval:
     UserError: no scores.
   """
   return interval(
-    np.array([s.nll for s in scores]),
-    np.array([s.codes for s in scores]),
+    np.array([s.loss for s in scores]),
+    np.array([s.positions for s in scores]),
     seed=seed,
   )

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from fusionlab.batch import Batch
 from fusionlab.sharding.batches import place_batch
+from fusionlab.tokenizers import Tokenizers
 from fusionlab.train.metrics import Row, add_sums, averages
 
 # Batches whose sums may still be on their way when the next one is sent.
@@ -18,6 +19,30 @@ _IN_FLIGHT = 2
 
 class Interrupted(Exception):
   """An evaluation was asked to stop; nothing of it is reported."""
+
+
+class CaptionWorth(NamedTuple):
+  """How what a caption saves of its picture's loss is reported.
+
+  Attributes:
+    name: of the metric.
+    factor: of the difference of the mean losses.
+  """
+
+  name: str
+  factor: float
+
+
+def caption_worth(tokenizers: Tokenizers) -> CaptionWorth:
+  """Nats per picture where it is codes, else mean squared error.
+
+  Args:
+    tokenizers: of the run.
+  """
+  if tokenizers.vocabulary.continuous:
+    return CaptionWorth("caption_mse_gain", 1.0)
+  codes = tokenizers.block_lengths[-1]
+  return CaptionWorth("caption_nats_per_picture", codes)
 
 
 def loader_sums(
@@ -59,19 +84,20 @@ def loader_sums(
   return sums
 
 
-def _nats_per_picture(
+def _saved(
   captioned: Mapping[str, np.ndarray],
   bare: Mapping[str, np.ndarray],
-  codes_per_picture: int,
-) -> float | None:
-  """Image loss of a picture without its caption, minus with it, in nats."""
+  prefix: str,
+  caption: CaptionWorth,
+) -> Row:
+  """Image loss of pictures without their captions, minus with them."""
   (with_total, with_count), (bare_total, bare_count) = (
     sums.get("loss/image", np.zeros(2)) for sums in (captioned, bare)
   )
   if not with_count or not bare_count:
-    return None
-  per_code = bare_total / bare_count - with_total / with_count
-  return float(per_code * codes_per_picture)
+    return {}
+  mean = bare_total / bare_count - with_total / with_count
+  return {f"{prefix}{caption.name}": float(mean * caption.factor)}
 
 
 def evaluate(
@@ -81,16 +107,16 @@ def evaluate(
   uncaptioned: Mapping[str, Any],
   mesh: Mesh,
   *,
-  codes_per_picture: int,
+  caption: CaptionWorth,
   limit: int = 0,
   should_stop: Callable[[], bool] = lambda: False,
 ) -> Row:
   """Scores every held-out split.
 
-  Caption nats per picture are (sum of the image loss without the caption - with
-  it) / pictures. Both loaders hold the same pictures; under a `limit` the two
-  sums may reach a few different ones, so each is divided by its own pictures
-  and the value is an estimate.
+  What a caption saves is (sum of the image loss without the caption - with it) /
+  pictures: nats, or of continuous pictures the denoising error. Both loaders hold
+  the same pictures; under a `limit` the two sums may reach a few different ones,
+  so each is divided by its own pictures and the value is an estimate.
 
   Args:
     eval_step: see `fusionlab.train.step.make_eval_step`.
@@ -98,13 +124,16 @@ def evaluate(
     heldout: split -> loader, captions first.
     uncaptioned: split -> loader of the same pictures without captions.
     mesh: the devices.
-    codes_per_picture: image targets of one picture.
+    caption: see `caption_worth`.
     limit: batches of each loader at most; 0: all.
     should_stop: asked before each batch.
 
   Returns:
     `eval/loss/text`, `eval/<split>/loss/image`,
-    `eval/<split>/caption_nats_per_picture`, …, and `perf/eval_s`.
+    `eval/<split>/caption_nats_per_picture`, …, and `perf/eval_s`. Of continuous
+    pictures `loss/image` is the mean squared error of the predicted noise,
+    `mse/image/t0.1`, … are its parts by noise level, and `caption_mse_gain` is
+    what captions save of it.
 
   Raises:
     Interrupted: `should_stop` said so.
@@ -122,13 +151,9 @@ def evaluate(
     bare = loader_sums(eval_step, params, uncaptioned[split], mesh, **options)
     _pool(pooled[1], captioned)
     _pool(pooled[2], bare)
-    nats = _nats_per_picture(captioned, bare, codes_per_picture)
-    if nats is not None:
-      row[f"eval/{split}/caption_nats_per_picture"] = nats
+    row.update(_saved(captioned, bare, f"eval/{split}/", caption))
   row.update(averages(pooled[0], "eval/"))
-  nats = _nats_per_picture(pooled[1], pooled[2], codes_per_picture)
-  if nats is not None:
-    row["eval/caption_nats_per_picture"] = nats
+  row.update(_saved(pooled[1], pooled[2], "eval/", caption))
   row["perf/eval_s"] = time.monotonic() - start
   return row
 

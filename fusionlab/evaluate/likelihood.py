@@ -6,6 +6,9 @@ shape make batches of one shape whatever else is scored: a picture with its
 caption is 16 or 24 places of text and 64 of codes. Short rows keep attention
 short: on two cores that is as quick as, or quicker than, rows of 512 packed
 with several documents.
+
+The patches of a continuous picture have no log-probability; minus their denoising
+error stands for it (`fusionlab.evaluate.denoising`).
 """
 
 import collections
@@ -22,9 +25,12 @@ from jaxtyping import Bool, Float
 
 from fusionlab.batch import Batch, packed_batch
 from fusionlab.errors import UserError
+from fusionlab.evaluate.denoising import patch_errors
 from fusionlab.sharding import batches, rules
 
 Span = tuple[int, int]
+Latents = Float[np.ndarray, "n c"]
+_NO_LATENTS = np.zeros((0, 0), np.float32)
 # A batch on its way: the documents of its rows, and the results to come.
 _Sent = tuple[list[int], tuple[jax.Array, jax.Array]]
 
@@ -40,10 +46,12 @@ class Shape(NamedTuple):
   Attributes:
     places: of each tower in a row; a row's length is their sum.
     targets: positions of a row that are scored.
+    patches: whether they are of a continuous picture.
   """
 
   places: tuple[int, ...]
   targets: int
+  patches: bool
 
 
 class Scores(NamedTuple):
@@ -70,6 +78,7 @@ class Scorer:
     model: Any,
     params: Any,
     *,
+    objective: Any = None,
     mesh: Mesh | None = None,
     batch_tokens: int = 8192,
   ):
@@ -78,6 +87,8 @@ class Scorer:
     Args:
       model: a `fusionlab.models` model, with towers or without.
       params: its parameters.
+      objective: of a model of continuous pictures, says at which noise levels
+        they are scored; for text alone, after pictures too, it is not needed.
       mesh: splits rows over its data shards; with several processes each passes
         the same documents. None scores on the parameters' device.
       batch_tokens: places of a batch at most, on each data shard; a longer
@@ -86,6 +97,7 @@ class Scorer:
     self.model = model
     self.vocabulary = model.vocabulary
     self._towers = model.config.routed_towers.of_modality
+    self._objective = objective
     self._mesh = mesh
     self._shards = 1 if mesh is None else rules.data_shards(mesh)
     self._batch_tokens = batch_tokens
@@ -96,35 +108,46 @@ class Scorer:
       )
       options["out_shardings"] = rules.replicated(mesh)
     self._params = params
-    self._step: Callable[..., tuple[jax.Array, jax.Array]] = jax.jit(
-      functools.partial(_score_batch, model, mesh),
-      static_argnames="targets",
-      **options,
+    compiled = functools.partial(jax.jit, static_argnames="targets", **options)
+    self._step: Callable[..., tuple[jax.Array, jax.Array]] = compiled(
+      functools.partial(_score_batch, model, mesh)
+    )
+    self._denoise: Callable[..., tuple[jax.Array, jax.Array]] = compiled(
+      functools.partial(_denoise_batch, objective, model, mesh)
     )
 
   def log_probabilities(
     self,
     documents: Sequence[Sequence[int]],
     spans: Sequence[Span] | None = None,
+    *,
+    latents: Sequence[Latents] | None = None,
   ) -> list[Float[np.ndarray, " _"]]:
     """Scores every token of every document given those before it, in nats.
+
+    Where a span is of patches of a continuous picture, each of them gets minus its
+    denoising error: their sums are to be compared with one another, not with nats.
 
     Args:
       documents: ids of the shared vocabulary, modalities interleaved at will.
       spans: per document (start, stop), the tokens that are wanted; `start` is
         at least 1, as the first token is given. Default (1, all). Only these
-        positions' logits are computed.
+        positions' logits are computed. A span is of ids or of patches, not of
+        both.
+      latents: per document float32, the values of its patches, in order; needed
+        where there are any.
 
     Returns:
       Per document float32 [stop - start]. A long document's logits never exist
       at once.
 
     Raises:
-      UserError: an empty document, an id that the vocabulary does not have, or
-        a span that is not inside its document.
+      UserError: an empty document, an id that the vocabulary does not have, a
+        span that is not inside its document or of ids and patches, other latents
+        than the document has patches, or patches to score and no objective.
     """
     found: list[Any] = [None] * len(documents)
-    for index, (values, _) in self._scored(documents, spans):
+    for index, (values, _) in self._scored(documents, spans, latents):
       found[index] = values
     return found
 
@@ -160,13 +183,18 @@ class Scorer:
     return Scores(total, greedy)
 
   def _scored(
-    self, documents: Sequence[Sequence[int]], spans: Sequence[Span] | None
+    self,
+    documents: Sequence[Sequence[int]],
+    spans: Sequence[Span] | None,
+    latents: Sequence[Latents] | None = None,
   ) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
     """(document, (log-probabilities, greedy)) in any order."""
     arrays = [np.asarray(ids, np.int32) for ids in documents]
     if spans is None:
       spans = [(1, len(ids)) for ids in arrays]
-    self._check(arrays, spans)
+    if latents is None:
+      latents = [_NO_LATENTS] * len(arrays)
+    self._check(arrays, spans, latents)
     alike: dict[Shape, list[int]] = collections.defaultdict(list)
     for index, (ids, span) in enumerate(zip(arrays, spans, strict=True)):
       alike[self._shape(ids, span)].append(index)
@@ -181,10 +209,13 @@ class Scorer:
       size = rows * self._shards
       for start in range(0, len(members), size):
         chosen = members[start : start + size]
-        batch = self._batch([arrays[i] for i in chosen], shape, rows)
+        batch = self._batch(
+          [arrays[i] for i in chosen], [latents[i] for i in chosen], shape, rows
+        )
         first = np.zeros(size, np.int32)
         first[: len(chosen)] = [spans[i][0] - 1 for i in chosen]
-        results = self._step(self._params, batch, first, targets=shape.targets)
+        run = self._denoise if shape.patches else self._step
+        results = run(self._params, batch, first, targets=shape.targets)
         pending.append((chosen, results))
         if len(pending) > _IN_FLIGHT:
           yield from _taken(pending.popleft(), spans)
@@ -192,16 +223,23 @@ class Scorer:
       yield from _taken(pending.popleft(), spans)
 
   def _check(
-    self, documents: Sequence[np.ndarray], spans: Sequence[Span]
+    self,
+    documents: Sequence[np.ndarray],
+    spans: Sequence[Span],
+    latents: Sequence[Latents],
   ) -> None:
-    if len(spans) != len(documents):
-      raise UserError(
-        f"log_probabilities got {len(documents)} documents and {len(spans)}"
-        f" spans; give one (start, stop) for each document"
-      )
-    size = self.vocabulary.size
-    for n, (ids, (start, stop)) in enumerate(
-      zip(documents, spans, strict=True)
+    for given, what, each in (
+      (spans, "spans", "one (start, stop)"),
+      (latents, "latents", "one array"),
+    ):
+      if len(given) != len(documents):
+        raise UserError(
+          f"log_probabilities got {len(documents)} documents and {len(given)}"
+          f" {what}; give {each} for each document"
+        )
+    size, width = self.vocabulary.size, self.vocabulary.latent_dim
+    for n, (ids, (start, stop), values) in enumerate(
+      zip(documents, spans, latents, strict=True)
     ):
       if ids.ndim != 1 or not 1 <= start <= stop <= len(ids):
         raise UserError(
@@ -214,21 +252,54 @@ class Scorer:
           f"document {n} has ids from {ids.min()} to {ids.max()}; the"
           f" vocabulary has 0 to {size - 1}"
         )
+      patch = self._patches(ids)
+      if len(values) != patch.sum() or (
+        len(values) and values.shape[1] != width
+      ):
+        raise UserError(
+          f"document {n} has {patch.sum()} patches of {width} values, and latents"
+          f" of shape {values.shape}; give the values of each patch"
+        )
+      scored = patch[start:stop]
+      if scored.any() and not scored.all():
+        raise UserError(
+          f"document {n}: {scored.sum()} of the tokens {start} to {stop} are"
+          f" patches and the others ids; nats and denoising errors do not add up,"
+          f" score them one after the other"
+        )
+      if scored.any() and self._objective is None:
+        raise UserError(
+          f"document {n}: the tokens {start} to {stop} are patches, whose score"
+          f" depends on noise levels; give Scorer the objective"
+        )
+
+  def _patches(self, ids: np.ndarray) -> Bool[np.ndarray, " _"]:
+    """Which ids stand for patches."""
+    return np.isin(self.vocabulary.modality_of(ids), self.vocabulary.continuous)
 
   def _shape(self, ids: np.ndarray, span: Span) -> Shape:
     tower = np.asarray(self._towers)[self.vocabulary.modality_of(ids)]
     used = np.bincount(tower, minlength=max(self._towers) + 1)
     places = tuple(_rounded(int(n)) for n in used)
     targets = max(16, _power_of_two(span[1] - span[0]))
-    return Shape(places, min(targets, sum(places)))
+    patches = bool(self._patches(ids[slice(*span)]).any())
+    return Shape(places, min(targets, sum(places)), patches)
 
   def _batch(
-    self, documents: Sequence[np.ndarray], shape: Shape, rows: int
+    self,
+    documents: Sequence[np.ndarray],
+    latents: Sequence[Latents],
+    shape: Shape,
+    rows: int,
   ) -> Batch:
     """A document per row; rows that are left over are padding."""
     tokens = np.zeros((rows * self._shards, sum(shape.places)), np.int32)
     segment, position = np.zeros_like(tokens), np.zeros_like(tokens)
-    for row, ids in enumerate(documents):
+    width = self.vocabulary.latent_dim
+    placed = np.zeros((*tokens.shape, width), np.float32) if width else None
+    for row, (ids, values) in enumerate(zip(documents, latents, strict=True)):
+      if placed is not None and len(values):
+        placed[row, np.flatnonzero(self._patches(ids))] = values
       tokens[row, : len(ids)] = ids
       segment[row, : len(ids)] = 1
       position[row, : len(ids)] = np.arange(len(ids))
@@ -240,6 +311,8 @@ class Scorer:
       towers=self._towers if max(self._towers) > 0 else None,
       counts=[rows * n for n in shape.places],
       group_rows=rows,
+      latents=placed,
+      causal=self.model.config.causal,
     )
     if self._mesh is None:
       return batch
@@ -279,6 +352,25 @@ def _score_batch(
       of_column, (hidden.swapaxes(0, 1), target.T), batch_size=columns
     )
     return values.T, greedy.T
+
+
+def _denoise_batch(
+  objective: Any,
+  model: Any,
+  mesh: Mesh | None,
+  params: Any,
+  batch: Batch,
+  first: jax.Array,
+  *,
+  targets: int,
+) -> tuple[jax.Array, jax.Array]:
+  """Scores each row's patches behind `first`: minus error, and never greedy."""
+  with contextlib.nullcontext() if mesh is None else rules.in_mesh(mesh):
+    at = first[:, None] + 1 + jnp.arange(targets)
+    at = jnp.minimum(at, batch.tokens.shape[1] - 1)
+    errors = patch_errors(objective, model, params, batch, at[:, 0])
+    values = -jnp.take_along_axis(errors, at, axis=1)
+    return values, jnp.zeros(values.shape, bool)
 
 
 def _taken(

@@ -12,6 +12,9 @@ factor that all share: PMI is the best rule there is for a model whose
 probabilities are right. The likelihood alone prefers pictures that are likely
 under any caption; it is reported beside. An ideal model has the same matrix both
 ways; here the two ways ask for different abilities, drawing and naming.
+
+Of a continuous picture minus the denoising error stands for log p(x | c) and
+log p(x), both with the same noise (`fusionlab.evaluate.denoising`).
 """
 
 import dataclasses
@@ -149,8 +152,10 @@ def _matrix(
 def _summed(
   scorer: Any, documents: Sequence[Document]
 ) -> Float[np.ndarray, " n"]:
-  """Sums log p over each document's span; float64, nats."""
+  """Sums log p over each document's span; float64, nats (of ids)."""
   values = scorer.log_probabilities(
-    [d.ids for d in documents], [d.span for d in documents]
+    [d.ids for d in documents],
+    [d.span for d in documents],
+    latents=[d.latents for d in documents],
   )
   return np.array([v.sum(dtype=np.float64) for v in values])

@@ -2,8 +2,8 @@
 
 Every sample is compared with all pictures of a bank, and the rank of the picture
 that the caption names is reported: a picture that is drawn well but is another one
-does not pass. Pictures are decoded from codes on both sides, so the tokenizer's
-own loss does not count.
+does not pass. Pictures are decoded from codes or latents on both sides, so the
+tokenizer's own loss does not count.
 """
 
 import numpy as np

@@ -12,10 +12,13 @@ from fusionlab.evaluate.captioned import Captioned
 from fusionlab.evaluate.own_picture import ranks
 from fusionlab.evaluate.results import Results
 from fusionlab.experiment import Experiment
+from fusionlab.generation.denoising import snapshot_steps
 from fusionlab.generation.generate import Generated, generate
-from fusionlab.tokenizers import Tokenizers
+from fusionlab.generation.prompts import Encoded
+from fusionlab.tokenizers import LatentTokenizer, Tokenizers
 
 _CAPTION_TOKENS = 32
+_SNAPSHOTS = 6  # of a picture on its way, at most
 
 
 class Gallery:
@@ -52,6 +55,28 @@ class Gallery:
       "guidance": config.guidance,
       "seed": config.seed,
     }
+    if self.continuous:
+      self.settings["diffusion_steps"] = config.diffusion_steps
+      if config.sampler:
+        self.settings["sampler"] = config.sampler
+
+  @property
+  def continuous(self) -> bool:
+    """Whether pictures are latents, not codes."""
+    return isinstance(self._image, LatentTokenizer)
+
+  @property
+  def loss_name(self) -> str:
+    """What `ExampleScore.mean_loss` is."""
+    return "denoising_mse" if self.continuous else "nll_per_code"
+
+  @property
+  def snapshot_steps(self) -> list[int]:
+    """Denoising steps at which `draw` keeps snapshots, from 0; none of codes."""
+    steps = self.config.diffusion_steps
+    # What the last step takes a picture for is the picture.
+    number = min(_SNAPSHOTS, max(steps - 2, 0)) if self.continuous else 0
+    return snapshot_steps(number, steps)
 
   @property
   def bank_size(self) -> int:
@@ -66,13 +91,24 @@ class Gallery:
   def reconstructed(
     self, examples: Sequence[Captioned]
   ) -> UInt8[np.ndarray, "n S S 3"]:
-    """The pictures that the tokenizer makes of the examples' own codes."""
-    return self._image.decode(np.stack([self.codes(e) for e in examples]))
+    """What the tokenizer makes of the examples' own codes or latents."""
+    kept = [e.latents if self.continuous else self.codes(e) for e in examples]
+    return self._image.decode(np.stack(kept))
 
   def draw(
-    self, examples: Sequence[Captioned], num_samples: int = 1
+    self,
+    examples: Sequence[Captioned],
+    num_samples: int = 1,
+    *,
+    snapshots: bool = False,
   ) -> list[Generated]:
-    """Pictures for the captions: `num_samples` of the first, then the second."""
+    """Pictures for the captions: `num_samples` of the first, then the second.
+
+    Args:
+      examples: whose captions are read.
+      num_samples: of each.
+      snapshots: whether pictures keep what they were at `snapshot_steps`.
+    """
     bos = self.tokenizers.vocabulary.bos
     return generate(
       self._model,
@@ -81,6 +117,7 @@ class Gallery:
       [[bos, *e.caption.tolist()] for e in examples],
       make="image",
       num_samples=num_samples,
+      snapshots=len(self.snapshot_steps) if snapshots else 0,
       **self.settings,
     )
 
@@ -95,12 +132,15 @@ class Gallery:
       self._params,
       self.tokenizers,
       [
-        [
-          vocabulary.bos,
-          vocabulary.begin[e.modality],
-          *e.codes.tolist(),
-          vocabulary.end[e.modality],
-        ]
+        Encoded(
+          [
+            vocabulary.bos,
+            vocabulary.begin[e.modality],
+            *e.codes.tolist(),
+            vocabulary.end[e.modality],
+          ],
+          e.latents if self.continuous else None,
+        )
         for e in examples
       ],
       make="text",
@@ -120,7 +160,7 @@ class Gallery:
   def measure(
     self, split: str, examples: Sequence[Captioned], results: Results
   ) -> None:
-    """Own-picture retrieval and code agreement of one sample an example.
+    """Own-picture retrieval, and agreement of codes, of one sample an example.
 
     Args:
       split: for the metrics' names.
@@ -135,6 +175,8 @@ class Gallery:
       results.add(f"{name}/top{top}", rank <= top, chance=chance)
     results.metrics[f"{name}/median_rank"] = float(np.median(rank))
     results.counts[f"{name}/median_rank"] = len(rank)
+    if self.continuous:
+      return
     agreement = [
       np.mean(np.array(d.ids[-1 - len(e.codes) : -1]) == e.codes)
       for d, e in zip(drawn, examples, strict=True)

@@ -18,6 +18,7 @@ from fusionlab.evaluate.examples import ExampleScore
 from fusionlab.evaluate.pictures import Gallery
 
 _EXTREMES = 8  # most and least likely examples that are shown
+_STRIPS = 4  # captions of a split whose pictures are shown on their way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Shown:
       scores: of each.
       rows: of the grid.
     """
-    order = np.argsort([s.nll_per_code for s in scores], kind="stable")
+    order = np.argsort([s.mean_loss for s in scores], kind="stable")
     pairs = [(examples[i], scores[i]) for i in order]
     return cls(
       examples[:rows],
@@ -87,11 +88,13 @@ def write(
     content = {
       "step": step,
       "bank": gallery.bank_size,
+      "loss": gallery.loss_name,
       "settings": {
         **gallery.settings,
         "num_samples": gallery.config.num_samples,
       },
       "grids": {k: page.grid() for k, page in pages.items()},
+      "strips": {k: page.strips for k, page in pages.items() if k != "train"},
       "described": {
         k: page.described() for k, page in pages.items() if k != "train"
       },
@@ -108,7 +111,11 @@ def write(
 
 
 class _Page:
-  """One split's entries of `samples.json`; writes their PNGs."""
+  """One split's entries of `samples.json`; writes their PNGs.
+
+  Attributes:
+    strips: after `grid`, pictures at several denoising steps; none of codes.
+  """
 
   def __init__(
     self,
@@ -120,6 +127,7 @@ class _Page:
     self._gallery, self._shown = gallery, shown
     self._real, self._folder = real, folder
     folder.mkdir()
+    self.strips: list[dict[str, Any]] = []
     self._said = [gallery.tokenizers.text.decode(e.caption) for e in shown.grid]
 
   def grid(self) -> list[dict[str, Any]]:
@@ -128,7 +136,7 @@ class _Page:
     if not examples:
       return []
     number = gallery.config.num_samples
-    drawn = gallery.draw(examples, number)
+    drawn = gallery.draw(examples, number, snapshots=True)
     ranks = gallery.ranks(examples, drawn)
     tokens = gallery.reconstructed(examples)
     rows = []
@@ -147,7 +155,23 @@ class _Page:
           "ranks": [int(ranks[d]) for d in at],
         }
       )
+      if gallery.continuous and i < _STRIPS:
+        first = drawn[at[0]].snapshots[0]
+        self.strips.append(self._strip(rows[-1], f"{i}_step", first))
     return rows
+
+  def _strip(
+    self, row: Mapping[str, Any], name: str, snapshots: np.ndarray
+  ) -> dict[str, Any]:
+    """The first sample of a row on its way, and as it came out."""
+    steps = self._gallery.snapshot_steps
+    shown = [
+      {"step": step + 1, "picture": self._save(f"{name}{step + 1}", picture)}
+      for step, picture in zip(steps, snapshots, strict=True)
+    ]
+    last = self._gallery.config.diffusion_steps
+    shown.append({"step": last, "picture": row["generated"][0]})
+    return {"key": row["key"], "caption": row["caption"], "steps": shown}
 
   def described(self) -> list[dict[str, Any]]:
     """Captions that the model writes for the grid's pictures."""
@@ -170,7 +194,7 @@ class _Page:
           "key": example.key,
           "caption": score.caption,
           "picture": self._original(f"{which}_{i}", example),
-          "nll_per_code": score.nll_per_code,
+          self._gallery.loss_name: score.mean_loss,
         }
         for i, (example, score) in enumerate(pairs)
       ]

@@ -21,7 +21,7 @@ from fusionlab.evaluate.captioned import (
   distinct,
 )
 from fusionlab.evaluate.examples import ExampleScore, example_scores
-from fusionlab.evaluate.heldout import evaluate
+from fusionlab.evaluate.heldout import caption_worth, evaluate
 from fusionlab.evaluate.likelihood import Scorer
 from fusionlab.evaluate.matching import match
 from fusionlab.evaluate.pictures import Gallery
@@ -92,14 +92,16 @@ def run(
       setup.data.heldout,
       setup.data.uncaptioned,
       setup.mesh,
-      codes_per_picture=setup.tokenizers.block_lengths[-1],
+      caption=caption_worth(setup.tokenizers),
     )
     results = Results(seed=config.seed, metrics=dict(row))
     splits = _captioned(setup)
     gallery, shown = None, {}
     if splits:
-      scorer = Scorer(setup.model, params, mesh=setup.mesh)
-      table = unigram(setup.data.prepared, setup.data.vocabulary, limit=10_000)
+      scorer = Scorer(
+        setup.model, params, objective=setup.objective, mesh=setup.mesh
+      )
+      table = _code_frequencies(setup)
       bank = [e for drawn in splits.values() for e in drawn]
       gallery = Gallery(
         setup.model, params, setup.tokenizers, setup.experiment, bank
@@ -154,21 +156,31 @@ def _captioned(setup: Setup) -> dict[str, list[Captioned]]:
   return splits
 
 
+def _code_frequencies(setup: Setup) -> np.ndarray | None:
+  """The unigram code model; None where pictures are continuous."""
+  if setup.data.vocabulary.continuous:
+    return None
+  return unigram(setup.data.prepared, setup.data.vocabulary, limit=10_000)
+
+
 def _score_pictures(
   split: str,
   examples: Sequence[Captioned],
   scores: Sequence[ExampleScore],
-  table: np.ndarray,
+  table: np.ndarray | None,
   setup: Setup,
   results: Results,
 ) -> None:
-  """Nats per code after the caption, beside the unigram code model's."""
-  codes = np.array([s.codes for s in scores])
-  nll = np.array([s.nll for s in scores])
+  """Loss after the caption, that of codes beside the unigram code model's."""
+  positions = np.array([s.positions for s in scores])
+  loss = np.array([s.loss for s in scores])
+  if table is None:
+    results.add(f"eval/{split}/image_denoising_mse", loss, positions)
+    return
   alone = [unigram_nll(table, e.codes, setup.data.vocabulary) for e in examples]
-  results.add(f"eval/{split}/image_nll_per_code", nll, codes)
+  results.add(f"eval/{split}/image_nll_per_code", loss, positions)
   results.add(
-    f"eval/{split}/image_unigram_nll_per_code", np.array(alone), codes
+    f"eval/{split}/image_unigram_nll_per_code", np.array(alone), positions
   )
 
 

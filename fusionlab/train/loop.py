@@ -20,7 +20,7 @@ from fusionlab.batch import Batch
 from fusionlab.config import flatten, to_mapping
 from fusionlab.data import cache_folder
 from fusionlab.errors import UserError
-from fusionlab.evaluate.heldout import Interrupted, evaluate
+from fusionlab.evaluate.heldout import Interrupted, caption_worth, evaluate
 from fusionlab.experiment import Experiment
 from fusionlab.sharding.batches import place_batch
 from fusionlab.sharding.mesh import make_mesh
@@ -374,14 +374,13 @@ class _Run:
 
   def _evaluate(self, *, limit: int) -> None:
     several = jax.process_count() > 1
-    image = self.setup.tokenizers.image
     row: Row = evaluate(
       self.steps.eval_step,
       self.state.eval_params,
       self.setup.data.heldout,
       self.setup.data.uncaptioned,
       self.setup.mesh,
-      codes_per_picture=image.codes_per_image if image else 0,
+      caption=caption_worth(self.setup.tokenizers),
       limit=limit,
       # Processes that stopped at different batches would wait for ever.
       should_stop=lambda: bool(self.signals.reason) and not several,

@@ -1,13 +1,21 @@
 """A few captioned pictures, and a scorer whose likelihoods are written down."""
 
+import functools
+
 import numpy as np
 
 from fusionlab.batch import Vocabulary
 from fusionlab.data.documents import Counts, Record
 from fusionlab.data.preparation import Prepared
 from fusionlab.evaluate.captioned import Captioned
+from fusionlab.objectives.diffusion import (
+  NextTokenDiffusion,
+  NextTokenDiffusionConfig,
+)
+from tests.models import pictures as continuous
 
 VOCABULARY = Vocabulary(("text", "image"), (40, 10))
+CONTINUOUS, GRID = continuous.VOCABULARY, continuous.GRID
 
 
 class FakePrepared(Prepared):
@@ -36,7 +44,7 @@ class FakePrepared(Prepared):
     )
 
 
-def record(key, parts):
+def record(key, parts, **latents):
   alternatives = [ids for _, several in parts for ids in several]
   return Record(
     key=key,
@@ -44,6 +52,7 @@ def record(key, parts):
     part_alternatives=np.array([len(a) for _, a in parts], np.int32),
     lengths=np.array([len(ids) for ids in alternatives], np.int32),
     ids=np.concatenate([np.array(ids, np.int32) for ids in alternatives]),
+    **latents,
   )
 
 
@@ -62,6 +71,35 @@ def captioned(number):
   ]
 
 
+def painted(number, vocabulary=CONTINUOUS):
+  """Examples whose caption is [10 + n], with n random continuous pictures."""
+  rng = np.random.default_rng(0)
+  grid = vocabulary.grid(1)
+  size = (number, grid.positions, grid.dim)
+  return [
+    Captioned(
+      source="fake",
+      index=n,
+      key=str(n),
+      modality=1,
+      caption=np.array([10 + n], np.int32),
+      codes=np.full(grid.positions, vocabulary.offset(1), np.int32),
+      latents=latents,
+    )
+    for n, latents in enumerate(rng.normal(size=size).astype(np.float32))
+  ]
+
+
+@functools.cache
+def transfusion(**settings):
+  """A tiny Transfusion with towers, its parameters and its objective."""
+  model, params = continuous.make(num_layers=1, **settings)
+  objective = NextTokenDiffusion(
+    NextTokenDiffusionConfig(), CONTINUOUS, np.ones(24, np.int32)
+  )
+  return model, params, objective
+
+
 class FakeScorer:
   """log p of a document's span is `rule(given, wanted)`, put on its first id."""
 
@@ -71,7 +109,8 @@ class FakeScorer:
     self.rule = rule
     self.documents = 0
 
-  def log_probabilities(self, documents, spans):
+  def log_probabilities(self, documents, spans, *, latents):
+    assert len(latents) == len(documents)
     self.documents += len(documents)
     found = []
     for ids, (start, stop) in zip(documents, spans, strict=True):

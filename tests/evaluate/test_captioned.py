@@ -11,7 +11,7 @@ from fusionlab.evaluate.captioned import (
   distinct,
   picture_after_caption,
 )
-from fusionlab.evaluate.examples import example_scores, nll_per_code
+from fusionlab.evaluate.examples import example_scores, mean_loss
 from fusionlab.evaluate.unigram import unigram, unigram_nll
 from fusionlab.tokenizers import TextTokenizer
 from tests.evaluate.pictures import (
@@ -133,9 +133,9 @@ def test_example_scores():
   examples = captioned_examples(PREPARED, "train", VOCABULARY)
   scorer = FakeScorer(lambda given, wanted: -float(given[1]))
   scores = example_scores(scorer, examples, Words())
-  assert [s.nll for s in scores] == [10, 13, 13, 15]
+  assert [s.loss for s in scores] == [10, 13, 13, 15]
   assert [s.caption for s in scores] == ["a", "de", "de", "f"]
-  assert [s.nll_per_code for s in scores] == [5, 6.5, 6.5, 7.5]
-  found = nll_per_code(scores)
+  assert [s.mean_loss for s in scores] == [5, 6.5, 6.5, 7.5]
+  found = mean_loss(scores)
   assert found.value == pytest.approx(51 / 8)
   assert 5 <= found.low <= found.value <= found.high <= 7.5

@@ -7,11 +7,18 @@ import pytest
 from rich.console import Console
 
 from fusionlab import evaluate as room
+from fusionlab.batch import LatentGrid, Vocabulary
 from fusionlab.errors import UserError
-from fusionlab.evaluate.heldout import Interrupted, evaluate
+from fusionlab.evaluate.heldout import (
+  CaptionWorth,
+  Interrupted,
+  caption_worth,
+  evaluate,
+)
 from fusionlab.evaluate.scoring import table_of
 from fusionlab.objectives.metrics import Mean
 from fusionlab.sharding.mesh import MeshConfig, make_mesh
+from fusionlab.tokenizers import Tokenizers
 from fusionlab.train import loop
 from tests.train import fakes
 
@@ -48,8 +55,7 @@ def score(heldout, uncaptioned, **options):
     {name: Loader(batches) for name, batches in heldout.items()},
     {name: Loader(batches) for name, batches in uncaptioned.items()},
     make_mesh(MeshConfig()),
-    codes_per_picture=4,
-    **options,
+    **{"caption": CaptionWorth("caption_nats_per_picture", 4), **options},
   )
 
 
@@ -82,6 +88,20 @@ def test_caption_nats_per_picture():
   assert row["eval/caption_nats_per_picture"] == pytest.approx(4.0)
   assert "eval/text/caption_nats_per_picture" not in row
   assert "eval/text/loss/image" not in row
+
+
+def test_caption_mse_gain():
+  """Of continuous pictures the difference of the means themselves."""
+  grid = LatentGrid(side=4, channels=2)
+  vocabulary = Vocabulary(("text", "image"), (9, 1), grids=(None, grid))
+  tokenizers = Tokenizers(text=None, image=None, vocabulary=vocabulary, hash="")
+  row = score(
+    {"a": [{"loss/image": (3.0, 4.0)}]},
+    {"a": [{"loss/image": (2.0, 2.0)}]},
+    caption=caption_worth(tokenizers),
+  )
+  assert row["eval/a/caption_mse_gain"] == row["eval/caption_mse_gain"] == 0.25
+  assert not [name for name in row if "nats" in name]
 
 
 def test_limit_takes_the_first_batches():
