@@ -70,8 +70,15 @@ def _tiny() -> Experiment:
       discrete.data, image_tokenizer="kl", image_first=0.2, caption_drop=0.1
     ),
     optimizer=discrete.optimizer,
-    train=TrainConfig(batch_size=5, num_steps=600, max_seconds=360.0),
-    evaluate=EvaluateConfig(examples=64, matched=32, guidance=3.0),
+    train=TrainConfig(batch_size=5, num_steps=400, max_seconds=360.0),
+    evaluate=EvaluateConfig(
+      examples=24,
+      matched=12,
+      grid=4,
+      num_samples=2,
+      guidance=3.0,
+      diffusion_steps=20,
+    ),
   )
 
 
