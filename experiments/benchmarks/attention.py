@@ -20,8 +20,8 @@ from absl import flags
 from rich.table import Table
 
 from experiments.benchmarks import timing
-from fusionlab.batch import causal_intervals
 from fusionlab.errors import UserError, nearest
+from fusionlab.intervals import causal_intervals
 from kernels_pallas.attention import RefusedError, attention
 from kernels_pallas.attention.api import IMPLEMENTATIONS
 

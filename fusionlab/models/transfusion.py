@@ -90,6 +90,8 @@ class Transfusion(Transformer):
   The vocabulary says which modality is continuous and how its latents lie.
   """
 
+  config: TransfusionConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
   Config = TransfusionConfig
 
   @property

@@ -21,11 +21,10 @@ from fusionlab.batch import (
   Batch,
   LatentGrid,
   Vocabulary,
-  causal_intervals,
-  continuous_spans,
   packed_batch,
 )
 from fusionlab.errors import UserError
+from fusionlab.intervals import causal_intervals, continuous_spans
 from fusionlab.nn.functional.diffusion import Process
 from fusionlab.objectives.diffusion import (
   NextTokenDiffusion,
