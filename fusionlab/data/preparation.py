@@ -10,6 +10,7 @@ job's processes the first prepares; another does only where its cache is its own
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import io
@@ -286,11 +287,15 @@ def _write(
     console = rich.console.Console(stderr=True)
     quiet = not console.is_terminal
     if quiet:
-      console.print(f"preparing {name}: {len(source):,} examples")
+      what = "examples" if tokenizers.image else "examples, their text alone"
+      console.print(f"preparing {name}: {len(source):,} {what}")
     bar = rich.progress.Progress(console=console, transient=True, disable=quiet)
     progress = stack.enter_context(bar)
     task = progress.add_task(f"preparing {name}", total=len(source))
-    for batch in _batches(source.examples()):
+    examples = source.examples()
+    if tokenizers.image is None:
+      examples = _of_text(examples)
+    for batch in _batches(examples):
       tokenised = _tokenise(batch, tokenizers, name)
       for example, record in zip(batch, tokenised, strict=True):
         split = example.split
@@ -339,6 +344,14 @@ def _write(
   write_manifest(folder, origin, splits, arrays, tokenizers)
 
 
+def _of_text(examples: Iterator[Example]) -> Iterator[Example]:
+  """Examples without their pictures; those of pictures alone are left out."""
+  for example in examples:
+    parts = tuple(p for p in example.parts if p.modality != "image")
+    if parts:
+      yield dataclasses.replace(example, parts=parts)
+
+
 def _batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
   """Lists of `EXAMPLES_AT_ONCE` consecutive examples; the last may be shorter."""
   batch: list[Example] = []
@@ -362,8 +375,7 @@ def _tokenise(
       raise UserError(
         f"source {source!r}, example {example.key!r}: no tokenizer for the"
         f" modality {part.modality!r} (allowed:"
-        f" {', '.join(vocabulary.modalities)}); for pictures set"
-        f" config.data.image_tokenizer"
+        f" {', '.join(vocabulary.modalities)})"
       )
   texts = [t for _, p in parts for t in p.alternatives if isinstance(t, str)]
   pictures = [

@@ -245,7 +245,7 @@ def test_large_split_is_read_at_random_and_not_kept(tmp_path, monkeypatch):
   assert records[5] is not records[5]
 
 
-def test_pictures_are_refused_where_there_is_text_only(tmp_path):
+def test_pictures_are_left_out_where_there_is_text_only(tmp_path, capsys):
   both = fakes.fake_tokenizers()
   alone = dataclasses.replace(
     both,
@@ -254,6 +254,13 @@ def test_pictures_are_refused_where_there_is_text_only(tmp_path):
     hash="alone",
   )
   source = fakes.FakeSource(SourceConfig(), "mine")
-  with pytest.raises(UserError, match=r"'image' .allowed: text.*set") as caught:
-    prepare(source, alone, tmp_path, name="mine")
-  assert "\n" not in str(caught.value)
+  prepared = prepare(source, alone, tmp_path, name="mine")
+  assert "101 examples, their text alone" in capsys.readouterr().err
+  whole = prepare(source, both, tmp_path, name="mine")
+  for split in whole.splits:
+    counts = prepared.counts(split)
+    assert len(counts) == len(whole.counts(split))
+    assert not counts.part_modality.any()
+  record, full = (p.records("train")[0] for p in (prepared, whole))
+  assert record.key == full.key
+  np.testing.assert_array_equal(record.ids, full.ids[: len(record.ids)])
