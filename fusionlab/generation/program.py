@@ -188,6 +188,11 @@ def _step(
     may_open=program.may_open,
   )
   chosen = draw(logits, state.keys, length, sampling, values)
+  if program.denoiser is not None:
+    # Its score was never trained: behind the begin nothing else may stand.
+    patch = blocks.vocabulary.offset(program.denoiser.modality)
+    begun = opened == program.denoiser.modality
+    chosen = jnp.where(begun, patch, chosen)
   column = jnp.arange(tokens.shape[1])
   here = (column == length[:, None]) & running[:, None]
   length = length + running

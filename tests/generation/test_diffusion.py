@@ -35,7 +35,7 @@ def scripted(logits, state):
   opens = functools.reduce(
     jnp.logical_or, ((mark == m) & (length == n) for m, n in OPENS)
   )
-  logits = logits.at[:, 2].set(-jnp.inf)
+  logits = logits.at[:, jnp.array([2, PATCH])].set(-jnp.inf)
   return logits.at[:, BOI].set(jnp.where(opens, 1e3, -1e3))
 
 
