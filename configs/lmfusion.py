@@ -105,7 +105,7 @@ def _around(base: str) -> Experiment:
     data=dataclasses.replace(
       of_towers.data,
       text_tokenizer=str(folder / "tokenizers" / "text.json"),
-      row_length=256,
+      row_length=min(256, text.data.row_length),
     ),
     optimizer=OptimizerConfig(
       learning_rate=1e-4,

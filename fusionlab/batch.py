@@ -295,6 +295,7 @@ def packed_batch(
     # What comes next is no id before a patch, and needs no saying after one: how
     # many there are is known (Transfusion, section 3.2).
     weight[:, :-1][inside[:, 1:]] = 0
+    target[:, :-1][inside[:, 1:]] = 0
     weight[inside] = 1 / (end - first)[inside]
     if not causal:
       k_end = np.where(inside, end, k_end)

@@ -339,6 +339,8 @@ def _score_batch(
     def of_column(column: tuple[jax.Array, jax.Array]):
       states, ids = column
       logits = model.logits(params, states)
+      for i in model.vocabulary.placeholders:
+        logits = logits.at[:, i].set(-jnp.inf)
       top = logits.max(-1)
       log_z = top + jnp.log(jnp.exp(logits - top[:, None]).sum(-1))
       chosen = jnp.take_along_axis(logits, ids[:, None], axis=1)[:, 0]

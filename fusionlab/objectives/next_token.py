@@ -220,6 +220,9 @@ def _scan(objective, row, hidden, table, target, weight, *, gradient):
   def body(carry, chunk):
     (loss, sums, d_table), (h, target, weight) = carry, chunk
     logits = jnp.matmul(h, compute_table, preferred_element_type=jnp.float32)
+    if vocabulary.continuous:
+      silent = jnp.isin(own_ids, jnp.asarray(vocabulary.placeholders))
+      logits = jnp.where(silent, -jnp.inf, logits)
     top = max_over(logits.max(axis=-1), axes.VOCAB)
     exponentials = jnp.exp(logits - top[..., None])
     total = sum_over(exponentials.sum(-1), axes.VOCAB)
