@@ -9,6 +9,11 @@
 SHELL := /bin/bash
 VENV := .venv
 export FUSIONLAB_CACHE ?= $(CURDIR)/.cache
+# Compiled modules are kept, whatever the environment says: without them every
+# start compiles JAX's Python anew. Those that are used, when they first are.
+unexport PYTHONDONTWRITEBYTECODE
+PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check \
+  --no-compile
 # Arguments for pytest, e.g. make test ARGS="-k config".
 ARGS ?=
 
@@ -52,10 +57,10 @@ $(VENV)/bin/python:
 # Installed again when the requirements change.
 $(VENV)/.demo: setup.cfg pyproject.toml | $(VENV)/bin/python
 	@echo "installing into $(VENV), about a minute"
-	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -e '.[data]'
+	@$(PIP) -e '.[data]'
 	@touch $@
 
 $(VENV)/.dev: setup.cfg pyproject.toml | $(VENV)/bin/python
 	@echo "installing into $(VENV), about a minute"
-	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -e '.[data,dev]'
+	@$(PIP) -e '.[data,dev]'
 	@touch $@ $(VENV)/.demo

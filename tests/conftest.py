@@ -1,8 +1,13 @@
 """What every test runs under: 8 CPU devices, and types checked at each call."""
 
+import gc
 import importlib.metadata
 import os
 
+# Seldom, for JAX keeps what it traced: Python's own threshold visits those
+# millions of objects again and again, a sixth of all time, to free next to
+# nothing.
+gc.set_threshold(50_000, 20, 100)
 # Before jax is imported by anything. A test's programs run a few times at most,
 # so compiling them quickly is worth more than running them quickly. MLIR's
 # emitters take three times as long as the older ones, which later releases do
@@ -28,7 +33,6 @@ jaxtyping.install_import_hook(
   ["fusionlab", "kernels_pallas"], "tests.typecheck.check"
 )
 
-import gc
 import pathlib
 from collections.abc import Iterator
 
@@ -61,18 +65,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-  """Collects garbage seldom: JAX keeps what it traced.
-
-  Python's own threshold visits those millions of objects again and again, a
-  sixth of all time, and there is next to nothing to free.
-  """
-  gc.collect()
+  """Modules and tests stay: they need no visit."""
   gc.freeze()
-  gc.set_threshold(50_000, 20, 100)
 
 
 def pytest_sessionfinish() -> None:
-  """Spares pytest's own collection at the end that visit, too."""
+  """Nor does anything at the end, when pytest collects garbage itself."""
   gc.freeze()
 
 

@@ -340,7 +340,7 @@ def _score_batch(
       states, ids = column
       logits = model.logits(params, states)
       for i in model.vocabulary.placeholders:
-        logits = logits.at[:, i].set(-jnp.inf)
+        logits = logits.at[:, i].set(-1e30)
       top = logits.max(-1)
       log_z = top + jnp.log(jnp.exp(logits - top[:, None]).sum(-1))
       chosen = jnp.take_along_axis(logits, ids[:, None], axis=1)[:, 0]

@@ -345,7 +345,8 @@ def _slots(
 ) -> tuple[Int[Array, "B N"], Int[Array, "B L"], int]:
   """Positions of each picture's patches, and the patch of each position."""
   length = span.shape[1]
-  number = max(length // (size + 2), 1)  # with <boi> and <eoi> around each
+  # <boi> and <eoi> are between them; those of the first and last may be missing.
+  number = max((length + 2) // (size + 2), 1)
   column = jnp.arange(length)
   each = jnp.arange(1, number + 1)[:, None]
   first = jnp.argmax(span[:, None] == each, axis=-1)

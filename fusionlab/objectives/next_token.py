@@ -222,7 +222,8 @@ def _scan(objective, row, hidden, table, target, weight, *, gradient):
     logits = jnp.matmul(h, compute_table, preferred_element_type=jnp.float32)
     if vocabulary.continuous:
       silent = jnp.isin(own_ids, jnp.asarray(vocabulary.placeholders))
-      logits = jnp.where(silent, -jnp.inf, logits)
+      # Finite, that 0 times a score is 0 wherever it is looked at.
+      logits = jnp.where(silent, -1e30, logits)
     top = max_over(logits.max(axis=-1), axes.VOCAB)
     exponentials = jnp.exp(logits - top[..., None])
     total = sum_over(exponentials.sum(-1), axes.VOCAB)

@@ -254,7 +254,7 @@ def test_nothing_of_text_is_updated(trained, gradient, separate):
   whole = gradient(separate)
   norm = optax.tree.norm(parts.partition.split(whole)[0])
   assert first_norm == pytest.approx(float(norm), rel=1e-4)
-  assert first_norm < 0.9 * float(optax.tree.norm(whole))
+  assert first_norm < 0.99 * float(optax.tree.norm(whole))
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,8 @@ def language_loss(params, batch, time=None, latents=None, z_loss=1e-5):
     batch, time=time, latents=batch.latents if latents is None else latents
   )
   logits = np.asarray(logits_of(MODEL, params, seen), np.float64)
-  log_z = np.log(np.exp(logits).sum(-1))
+  # All but the last id, the placeholder of patches, which is never next.
+  log_z = np.log(np.exp(logits[..., :-1]).sum(-1))
   nll = log_z - np.take_along_axis(logits, batch.target[..., None], -1)[..., 0]
   weight = batch.weight * (batch.span == 0)
   return (weight * (nll + z_loss * log_z**2)).sum() / weight.sum()
