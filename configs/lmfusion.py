@@ -20,8 +20,8 @@ The paper's other variants are keys (section 5.1, Figure 3; docs/models/lmfusion
 AdamW at 1e-4 falling by a cosine to 1.5e-5, as in the paper; its 4,000 warm-up steps of
 250,000 are 100 of 2,000 here. Data: pictures of configs/mot_transfusion.py with their
 captions, which stand in front of four pictures of five, and some passages, on which
-held-out text is scored. With SmolLM2-135M this is a GPU's work: see the page above
-for the seconds and bytes of a step on 2 CPU cores.
+held-out text is scored. With SmolLM2-135M this is a GPU's work: the page above
+has the bytes of its parameters, gradients and moments.
 
 `tiny` first trains a text model of its own, in <workdir>/text_model, on captions and
 passages (`config.init.text_steps`), then grows it, in one command.
