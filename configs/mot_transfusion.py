@@ -72,7 +72,8 @@ def _tiny() -> Experiment:
     optimizer=discrete.optimizer,
     train=TrainConfig(batch_size=5, num_steps=400, max_seconds=360.0),
     evaluate=EvaluateConfig(
-      examples=24,
+      examples=64,
+      drawn=24,
       matched=12,
       grid=4,
       num_samples=2,

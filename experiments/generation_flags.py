@@ -48,6 +48,7 @@ def define(values: flags.FlagValues) -> None:
     "generate: auto (the model chooses), text or image",
     **to,
   )
+  flags.DEFINE_alias("modality", "make", **to)
   flags.DEFINE_integer(
     "num_samples", 1, "generate: continuations of each prompt", **to
   )

@@ -25,7 +25,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,7 +120,8 @@ def _run(options: Options) -> int:
     from fusionlab import evaluate
 
     if from_first(lambda: evaluate.evaluated_at(options.workdir)) != step:
-      return _evaluate(options) or code
+      heldout = from_first(lambda: evaluate.heldout_at(options.workdir, step))
+      return _evaluate(options, heldout) or code
   return _report(options.workdir) or code
 
 
@@ -145,14 +146,18 @@ def _compile(experiment: "Experiment", options: Options) -> int:
   return int(any(report.memory.fits is False for report in reports))
 
 
-def _evaluate(options: Options) -> int:
+def _evaluate(
+  options: Options, heldout: "Mapping[str, float] | None" = None
+) -> int:
   from rich.console import Console
 
   from fusionlab import evaluate
   from fusionlab.processes import is_first
 
   console = None if is_first() else Console(quiet=True)
-  evaluate.run(options.workdir, options.experiment, console=console)
+  evaluate.run(
+    options.workdir, options.experiment, console=console, heldout=heldout
+  )
   return _report(options.workdir)
 
 

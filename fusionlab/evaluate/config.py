@@ -17,7 +17,12 @@ class EvaluateConfig:
   )
   examples: int = option(
     256,
-    "captioned pictures of each split that are scored and drawn; 0: none",
+    "captioned pictures of each split that are scored; 0: none",
+    minimum=0,
+  )
+  drawn: int = option(
+    256,
+    "of these, how many are drawn, to be looked for among real ones",
     minimum=0,
   )
   matched: int = option(
@@ -42,7 +47,7 @@ class EvaluateConfig:
     25, "steps in which a continuous picture is drawn", minimum=1
   )
   sampler: str = option(
-    "", "of continuous pictures; '': the first of the objective's process"
+    "", "of continuous pictures; '': the first of the model's process"
   )
   seed: int = option(
     0, "of the choice of examples, the samples and the bootstrap", minimum=0

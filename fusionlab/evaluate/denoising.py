@@ -8,7 +8,6 @@ all that is compared: theirs are drawn once, here they are those of the objectiv
 held-out loss.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -30,7 +29,7 @@ def patch_errors(
 
   Args:
     objective: `fusionlab.objectives.diffusion.NextTokenDiffusion`, or another
-      with its `config.heldout_times` and `config.heldout_seed`.
+      with its `denoise`, `config.heldout_times` and `config.heldout_seed`.
     model: predicts noise, see `fusionlab.models.transfusion`.
     params: its parameters.
     batch: rows with clean latents; one document a row.
@@ -41,21 +40,14 @@ def patch_errors(
     other positions.
   """
   batch = jax.tree.map(jnp.asarray, batch)
-  clean: Any = batch.latents
   span: Any = batch.span
   number = jnp.take_along_axis(span, start[:, None], axis=1)
   inside = (span == number) & (number > 0)
   noise = normal_of_values(objective.config.heldout_seed, batch)
-  target = model.process.target(clean, noise)
 
   def at_level(level: jax.Array) -> jax.Array:
     time = jnp.where(inside, level, 0.0)
-    noisy = model.process.noisy(clean, noise, time)
-    seen = dataclasses.replace(
-      batch, latents=jnp.where(inside[..., None], noisy, clean), time=time
-    )
-    _, prediction = model.apply({"params": params}, seen, denoise=True)
-    return jnp.square(prediction - target).mean(axis=-1)
+    return objective.denoise(model, params, batch, time, noise)[1]
 
   # One pass through the model a level, in one program.
   levels = jnp.asarray(objective.config.heldout_times, jnp.float32)

@@ -84,10 +84,12 @@ def match(
       f" wrong answer; give at least 2 examples and groups of 2"
     )
   vocabulary = scorer.vocabulary
-  pictures = _summed(
+  pictures = document_scores(
     scorer, [picture_after_caption(None, e, vocabulary) for e in examples]
   )
-  captions = _summed(scorer, [caption_alone(e, vocabulary) for e in examples])
+  captions = document_scores(
+    scorer, [caption_alone(e, vocabulary) for e in examples]
+  )
   answers: dict[str, list[np.ndarray]] = {}
   hits: dict[str, list[np.ndarray]] = {}
   for start in range(0, len(examples), group):
@@ -146,13 +148,22 @@ def _matrix(
 ) -> Float[np.ndarray, "n n"]:
   """Scores log p(candidate | query), a query a row."""
   pairs = [document(q, c, vocabulary) for q in chosen for c in chosen]
-  return _summed(scorer, pairs).reshape(len(chosen), len(chosen))
+  return document_scores(scorer, pairs).reshape(len(chosen), len(chosen))
 
 
-def _summed(
+def document_scores(
   scorer: Any, documents: Sequence[Document]
 ) -> Float[np.ndarray, " n"]:
-  """Sums log p over each document's span; float64, nats (of ids)."""
+  """Sums log p over each document's span.
+
+  Args:
+    scorer: a `fusionlab.evaluate.likelihood.Scorer`.
+    documents: see `fusionlab.evaluate.captioned`.
+
+  Returns:
+    float64, nats where the span is of ids; of patches minus their denoising
+    errors.
+  """
   values = scorer.log_probabilities(
     [d.ids for d in documents],
     [d.span for d in documents],

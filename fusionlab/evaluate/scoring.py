@@ -17,13 +17,14 @@ from fusionlab.errors import UserError
 from fusionlab.evaluate import samples
 from fusionlab.evaluate.captioned import (
   Captioned,
+  caption_after_picture,
   captioned_examples,
   distinct,
 )
 from fusionlab.evaluate.examples import ExampleScore, example_scores
 from fusionlab.evaluate.heldout import caption_worth, evaluate
 from fusionlab.evaluate.likelihood import Scorer
-from fusionlab.evaluate.matching import match
+from fusionlab.evaluate.matching import document_scores, match
 from fusionlab.evaluate.pictures import Gallery
 from fusionlab.evaluate.results import Results
 from fusionlab.evaluate.samples import Shown
@@ -44,6 +45,7 @@ def run(
   *,
   step: int | None = None,
   console: Console | None = None,
+  heldout: Row | None = None,
 ) -> dict[str, Any]:
   """Scores one checkpoint of a workdir on all held-out batches.
 
@@ -53,6 +55,8 @@ def run(
       `data.prefetch` are used; everything else is as the checkpoint recorded it.
     step: which checkpoint; None takes the newest good one.
     console: where the table goes; default standard output.
+    heldout: what `fusionlab.evaluate.heldout.evaluate` returned for this very
+      checkpoint and all that is held out; None computes it.
 
   Returns:
     {"step", "checkpoint", "metrics", "intervals", "counts", "chance", …}, which
@@ -85,16 +89,17 @@ def run(
   console = console or Console()
   config = setup.experiment.evaluate
   with _progress(console) as tell:
-    tell("held-out losses")
-    row = evaluate(
-      make_eval_step(setup.model, setup.objective, mesh=setup.mesh),
-      params,
-      setup.data.heldout,
-      setup.data.uncaptioned,
-      setup.mesh,
-      caption=caption_worth(setup.tokenizers),
-    )
-    results = Results(seed=config.seed, metrics=dict(row))
+    if heldout is None:
+      tell("held-out losses")
+      heldout = evaluate(
+        make_eval_step(setup.model, setup.objective, mesh=setup.mesh),
+        params,
+        setup.data.heldout,
+        setup.data.uncaptioned,
+        setup.mesh,
+        caption=caption_worth(setup.tokenizers),
+      )
+    results = Results(seed=config.seed, metrics=dict(heldout))
     splits = _captioned(setup)
     gallery, shown = None, {}
     if splits:
@@ -111,8 +116,10 @@ def run(
         examples = drawn[: config.examples]
         scores = example_scores(scorer, examples, setup.tokenizers.text)
         _score_pictures(split, examples, scores, table, setup, results)
+        _score_captions(split, examples, scorer, results)
         _match(split, drawn, scorer, config.matched, results)
-        gallery.measure(split, examples, results)
+        if config.drawn:
+          gallery.measure(split, examples[: config.drawn], results)
         shown[split] = Shown.choose(examples, scores, config.grid)
     result = {
       "step": found.step,
@@ -182,6 +189,20 @@ def _score_pictures(
   results.add(
     f"eval/{split}/image_unigram_nll_per_code", np.array(alone), positions
   )
+
+
+def _score_captions(
+  split: str,
+  examples: Sequence[Captioned],
+  scorer: Scorer,
+  results: Results,
+) -> None:
+  """Loss of captions behind their pictures, the end of the document included."""
+  log_p = document_scores(
+    scorer, [caption_after_picture(e, e, scorer.vocabulary) for e in examples]
+  )
+  tokens = np.array([len(e.caption) + 1 for e in examples])
+  results.add(f"eval/{split}/caption_nll_per_token", -log_p, tokens)
 
 
 def _match(

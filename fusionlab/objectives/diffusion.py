@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from fusionlab.batch import Batch, Vocabulary
 from fusionlab.config import option
@@ -200,7 +201,7 @@ class NextTokenDiffusion(NextToken):
     key = jax.random.fold_in(dropout_key, 2)
     time, noise = self._draw(model.process, batch, key)
     rngs = {"dropout": dropout_key}
-    hidden, error = self._denoise(
+    hidden, error = self.denoise(
       model, params, batch, time, noise, train=True, rngs=rngs
     )
     means = self._score(model, params, hidden, batch)
@@ -223,9 +224,7 @@ class NextTokenDiffusion(NextToken):
 
     def run(i):
       time = jnp.where(inside, levels[i], 0.0)
-      hidden, error = self._denoise(
-        model, params, batch, time, noise, train=False, rngs=None
-      )
+      hidden, error = self.denoise(model, params, batch, time, noise)
       return hidden, jnp.einsum("mbl,bl->m", of, weight * error)
 
     def body(i, carry):
@@ -278,16 +277,29 @@ class NextTokenDiffusion(NextToken):
     ids = jnp.asarray(self.vocabulary.continuous)[:, None, None]
     return ((batch.modality == ids) & _inside(batch)).astype(jnp.float32)
 
-  def _denoise(
+  def denoise(
     self,
     model: Any,
     params: Any,
     batch: Batch,
-    time: jax.Array,
-    noise: jax.Array,
+    time: Float[Array, "B L"],
+    noise: Float[Array, "B L C"],
     **options: Any,
-  ) -> tuple[jax.Array, jax.Array]:
-    """Hidden states, and the mean square error [B, L] of each patch."""
+  ) -> tuple[Float[Array, "B L d"], Float[Array, "B L"]]:
+    """Runs the model on noisy pictures.
+
+    Args:
+      model: see `__call__`.
+      params: its parameters.
+      batch: rows with clean latents.
+      time: noise levels, float32, one a picture; at 0 it stays clean.
+      noise: float32.
+      **options: of `model.apply`.
+
+    Returns:
+      Hidden states, and the mean square error of what is predicted of each
+      patch, float32, 0 at other positions.
+    """
     inside, clean = _inside(batch), jnp.asarray(batch.latents)
     noisy = model.process.noisy(clean, noise, time)
     seen = jnp.where(inside[..., None], noisy, 0.0)

@@ -16,6 +16,7 @@ _METRICS = {
   "accuracy": "accuracy",
   "bits_per_byte": "bits per byte",
   "caption_mse_gain": "what the caption saves of the mean squared error",
+  "caption_nll_per_token": "caption after its picture, nats per token",
   "caption_nats_per_picture": "what the caption saves, nats per picture",
   "caption_to_image": "picking the picture of a caption",
   "code_agreement": "codes that agree",

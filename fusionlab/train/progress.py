@@ -118,6 +118,9 @@ class ProgressReport:
     nats = row.get("eval/caption_nats_per_picture")
     if nats is not None:
       text += f"  caption {nats:.2f} nats/picture"
+    saved = row.get("eval/caption_mse_gain")
+    if saved is not None:
+      text += f"  caption {saved:.4f} of mse"
     self.say(f"step {step}  held-out  {text}")
 
   def say(self, text: str) -> None:

@@ -90,7 +90,8 @@ class Shift:
     assert denoise
     first = jnp.where((batch.span == 1)[..., None], batch.latents, 0)
     mean = first.sum(axis=1, keepdims=True) / GRID.positions
-    return None, jnp.broadcast_to(mean, batch.latents.shape)
+    hidden = jnp.zeros((*batch.tokens.shape, 1))
+    return hidden, jnp.broadcast_to(mean, batch.latents.shape)
 
 
 def test_other_pictures_of_the_document_stay_clean():

@@ -151,5 +151,13 @@ def test_evaluate_a_workdir(tmp_path, monkeypatch):
   last = json.loads(lines[-1])
   for name in ("eval/loss/text", "eval/caption_nats_per_picture"):
     assert result["metrics"][name] == last[name]
+  heldout = room.heldout_at(str(tmp_path / "run"), 4)
+  assert room.heldout_at(str(tmp_path / "run"), 3) is None
+  assert set(heldout) == {n for n in result["metrics"] if n[:5] == "eval/"}
+  # What the run's end left is not computed again.
+  reused = room.run(
+    str(tmp_path / "run"), heldout={**heldout, "eval/loss": 9.0}
+  )
+  assert reused["metrics"] == {**heldout, "eval/loss": 9.0}
   with pytest.raises(UserError, match="no checkpoint of step 3; it has 4"):
     room.run(str(tmp_path / "run"), step=3)

@@ -68,7 +68,7 @@ class Tables:
       for name, shape in shapes.items()
     }
 
-  def apply(self, variables, batch, *, train, rngs=None, denoise=False):
+  def apply(self, variables, batch, *, train=False, rngs=None, denoise=False):
     """Hidden states, and with `denoise` predictions."""
     p = variables["params"]
     entered = batch.latents @ p["enter"]
