@@ -10,6 +10,9 @@ was stopped. After each run the table is written anew: `comparison.json`,
 `comparison.md`, `comparison.svg`, and at the end `comparison.html` with all curves of
 the first seed.
 
+An experiment whose `init.checkpoint` names another starts from that one's end, of the
+same seed (configs/compare_lmfusion.py).
+
 s = steps to the control's final held-out loss / the control's steps, of one seed
 (arXiv 2411.04996, section 3.1), read off the curves of the evaluations at intervals;
 below 1 fewer steps are needed. At the end all steps are timed in turns.
@@ -34,7 +37,7 @@ from rich.table import Table
 
 from experiments import command_line
 from experiments.run import guarded
-from fusionlab import report
+from fusionlab import evaluate, report
 from fusionlab.analysis.step_matching import Curve, final_step_ratio
 from fusionlab.config import option
 from fusionlab.errors import ConfigError, UserError, nearest
@@ -65,6 +68,17 @@ class Comparison:
   equal_flops: bool = option(
     True, "refuse experiments whose model FLOPs a step differ"
   )
+  metrics: tuple[str, ...] = option(
+    (),
+    "of evaluation.json, beside the losses, e.g. 'eval/train/own_picture/top1';"
+    " every run is then evaluated at its end as config.evaluate says",
+  )
+
+  @property
+  def starts(self) -> set[str]:
+    """Experiments that others start from."""
+    checkpoints = {e.init.checkpoint for e in self.experiments.values()}
+    return checkpoints & set(self.experiments)
 
   def check(self, path: str) -> None:
     """Raises ConfigError where a table would have no meaning."""
@@ -81,6 +95,12 @@ class Comparison:
     if not self.seeds or len(set(self.seeds)) < len(self.seeds):
       raise ConfigError(f"{path}.seeds={self.seeds} must be different seeds")
     for name, experiment in self.experiments.items():
+      start = experiment.init.checkpoint
+      if start in names and self.experiments[start].init.checkpoint in names:
+        raise ConfigError(
+          f"{path}.experiments.{name}.init.checkpoint={start!r} starts from"
+          f" another experiment itself; give one that does not"
+        )
       where = f"{path}.experiments.{name}.train"
       if experiment.train.max_seconds:
         raise ConfigError(
@@ -137,31 +157,57 @@ def train_all(comparison: Comparison, workdir: Path) -> bool:
   """
   runs = runs_of(comparison, workdir)
   for number, (name, seed, folder) in enumerate(runs, start=1):
-    experiment = comparison.experiments[name]
-    experiment = dataclasses.replace(
-      experiment, train=dataclasses.replace(experiment.train, seed=seed)
-    )
-    if workdirs.finished_at(folder) == experiment.train.num_steps:
+    experiment = experiment_of(comparison, name, seed, workdir)
+    steps = experiment.train.num_steps
+    complete = workdirs.finished_at(folder) == steps
+    if complete:
       before = workdirs.recorded(folder)
       if before is not None:  # refuses a folder of another config
         workdirs.resume(experiment, before, folder)
-      continue
-    print(f"run {number} of {len(runs)}: {folder}", flush=True)
-    loop.train(experiment, str(folder))
-    if workdirs.finished_at(folder) is None:
-      return False
-    write_results(comparison, workdir)
+    else:
+      print(f"run {number} of {len(runs)}: {folder}", flush=True)
+      loop.train(experiment, str(folder))
+      if workdirs.finished_at(folder) is None:
+        return False
+    if comparison.metrics and evaluate.evaluated_at(str(folder)) != steps:
+      heldout = evaluate.heldout_at(str(folder), steps)
+      evaluate.run(str(folder), experiment, heldout=heldout)
+      complete = False
+    if not complete:
+      write_results(comparison, workdir)
   return True
+
+
+def experiment_of(
+  comparison: Comparison, name: str, seed: int, workdir: Path
+) -> Experiment:
+  """One run's experiment: with its seed, and the folder that it starts from.
+
+  Args:
+    comparison: what is compared.
+    name: of the experiment.
+    seed: one of the comparison's.
+    workdir: the folder of all runs.
+  """
+  given = comparison.experiments[name]
+  init = given.init
+  if init.checkpoint in comparison.experiments:
+    start = workdir / f"{init.checkpoint}_s{seed}"
+    init = dataclasses.replace(init, checkpoint=str(start))
+  return dataclasses.replace(
+    given, init=init, train=dataclasses.replace(given.train, seed=seed)
+  )
 
 
 def runs_of(
   comparison: Comparison, workdir: Path
 ) -> list[tuple[str, int, Path]]:
   """Name, seed and folder of each run, in the order in which they train."""
+  starts = comparison.starts
   return [
     (name, seed, workdir / f"{name}_s{seed}")
     for seed in comparison.seeds
-    for name in comparison.experiments
+    for name in sorted(comparison.experiments, key=lambda n: n not in starts)
   ]
 
 
@@ -172,10 +218,12 @@ class Finished:
   Attributes:
     curves: modality -> held-out loss over steps, nats a token.
     final: modality -> loss of all held-out data at the end.
+    metrics: those of evaluation.json, where there is one.
   """
 
   curves: dict[str, Curve]
   final: dict[str, float]
+  metrics: dict[str, float]
 
   @classmethod
   def read(cls, folder: Path) -> "Finished":
@@ -184,6 +232,10 @@ class Finished:
     The last evaluation is of all held-out data (`config.train.eval_batches`),
     the others of the same part of it each: a curve must not mix them.
     """
+    scored: dict[str, float] = {}
+    if evaluate.evaluated_at(str(folder)) is not None:
+      content = (folder / "evaluation.json").read_text("utf-8")
+      scored = json.loads(content)["metrics"]
     metrics = read_metrics(folder)
     curves, final = {}, {}
     for name in metrics.columns:
@@ -192,7 +244,7 @@ class Finished:
         modality = name.removeprefix("eval/loss/")
         curves[modality] = Curve(steps[:-1], losses[:-1])
         final[modality] = float(losses[-1])
-    return cls(curves, final)
+    return cls(curves, final, scored)
 
 
 def results_of(comparison: Comparison, workdir: Path) -> dict[str, Any]:
@@ -200,7 +252,10 @@ def results_of(comparison: Comparison, workdir: Path) -> dict[str, Any]:
   finished: dict[int, dict[str, Finished]] = {}
   for name, seed, folder in runs_of(comparison, workdir):
     steps = comparison.experiments[name].train.num_steps
-    if workdirs.finished_at(folder) == steps:
+    evaluated = evaluate.evaluated_at(str(folder))
+    if workdirs.finished_at(folder) == steps and (
+      evaluated == steps or not comparison.metrics
+    ):
       finished.setdefault(seed, {})[name] = Finished.read(folder)
   seeds = [
     s for s, f in finished.items() if len(f) == len(comparison.experiments)
@@ -214,20 +269,36 @@ def results_of(comparison: Comparison, workdir: Path) -> dict[str, Any]:
     "untie": {n: e.model.untie for n, e in comparison.experiments.items()},
     "experiments": {},
   }
+  starts = comparison.starts
   for name in comparison.experiments if seeds else ():
     each = [(finished[s][comparison.control], finished[s][name]) for s in seeds]
     losses = {}
     for modality in sorted(each[0][0].curves, key=lambda m: (m != "text", m)):
+      if modality not in each[0][1].curves:  # a text model beside others
+        continue
       pairs = [(c.curves[modality], o.curves[modality]) for c, o in each]
       losses[modality] = {
         "final_loss": [o.final[modality] for _, o in each],
-        "s": [final_step_ratio(c, o) for c, o in pairs],
+        # What others start from learns something else.
+        "s": [final_step_ratio(c, o) for c, o in pairs if name not in starts],
         "curve": {
           "steps": pairs[0][1].steps.tolist(),
           "losses": [o.losses.tolist() for _, o in pairs],
         },
       }
-    results["experiments"][name] = {"losses": losses}
+    metrics = {
+      metric: [o.metrics[metric] for _, o in each]
+      for metric in comparison.metrics
+      if all(metric in o.metrics for _, o in each)
+    }
+    results["experiments"][name] = {"losses": losses, "metrics": metrics}
+  if seeds:
+    known = {n for f in finished[seeds[0]].values() for n in f.metrics}
+    for metric in comparison.metrics:
+      if metric not in known:
+        raise UserError(
+          f"no run has {metric!r} of config.metrics{nearest(metric, known)}"
+        )
   return results
 
 

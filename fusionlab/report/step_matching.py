@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fusionlab.analysis.step_matching import Curve, mean_and_range, step_ratios
+from fusionlab.report.scores import metric_name, split_name, split_of
 
 
 def table_of(results: Mapping[str, Any]) -> list[list[str]]:
@@ -22,18 +23,28 @@ def table_of(results: Mapping[str, Any]) -> list[list[str]]:
     results: see above; of one seed or more.
   """
   experiments = results["experiments"]
-  control = experiments[results["control"]]
-  modalities = list(control["losses"])
+  modalities = list(experiments[results["control"]]["losses"])
+  metrics = list(
+    dict.fromkeys(m for e in experiments.values() for m in e["metrics"])
+  )
   rows = [
-    ["", *(f"{m}: loss" for m in modalities), *(f"{m}: s" for m in modalities),
-     "s/step", "over control"]
+    ["", *(f"{m}: loss" for m in modalities), *(_shown(m) for m in metrics),
+     *(f"{m}: s" for m in modalities), "s/step", "over control"]
   ]  # fmt: skip
   for name, found in experiments.items():
-    losses = [_spread(found["losses"][m]["final_loss"], 3) for m in modalities]
-    ratios = [_spread(found["losses"][m]["s"], 2) for m in modalities]
+    of = [found["losses"].get(m, {}) for m in modalities]
+    losses = [_spread(loss.get("final_loss", ()), 3) for loss in of]
+    scored = [_spread(found["metrics"].get(m, ()), 3) for m in metrics]
+    ratios = [_spread(loss.get("s", ()), 2) for loss in of]
     timed = (results["seconds_per_step"] or {}).get(name)
-    rows.append([name, *losses, *ratios, *_seconds(timed)])
+    rows.append([name, *losses, *scored, *ratios, *_seconds(timed)])
   return rows
+
+
+def _shown(metric: str) -> str:
+  """A column's head, 'heldout place: loss, text (nats per token)'."""
+  ((split, rest),) = split_of([metric]).values()
+  return f"{split_name(split)}: {metric_name(rest)}"
 
 
 def _seconds(timed: Mapping[str, Any] | None) -> tuple[str, str]:
@@ -48,7 +59,9 @@ def _seconds(timed: Mapping[str, Any] | None) -> tuple[str, str]:
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
-  """Mean (least to greatest); a run that never got there is '>1'."""
+  """Mean (least to greatest); a run that never got there is '>1'; '' of none."""
+  if not values:
+    return ""
 
   def one(value: float) -> str:
     return ">1" if math.isinf(value) else f"{value:.{digits}f}"
@@ -107,6 +120,8 @@ def draw(results: Mapping[str, Any]) -> Figure:
     for column, modality in enumerate(modalities):
       of_control = _curves(experiments[results["control"]], modality)
       for index, (name, found) in enumerate(experiments.items()):
+        if not found["losses"].get(modality, {}).get("s"):
+          continue  # what others start from
         color = f"C{index}"
         curves = _curves(found, modality)
         _band(axes[0, column], curves, name, color)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from configs import compare_mot
+from configs import compare_lmfusion, compare_mot, compare_transfusion
 from experiments import compare
 from experiments.compare import Comparison
 from fusionlab.config import from_mapping, to_mapping
@@ -79,6 +79,47 @@ def test_it_trains_what_is_missing_and_writes_a_table(
     compare.run(other, workdir)
 
 
+def test_one_starts_from_another_and_scores_stand_beside_losses(
+  tmp_path, monkeypatch
+):
+  """The start is of the same seed; what others start from has no s."""
+  monkeypatch.setattr(setup, "open_data", fakes.open_fake_data)
+  monkeypatch.setattr(compare, "time_steps", lambda comparison: None)
+  flat = {"train__num_steps": 6, "train__eval_every": 2}
+  init = {"init__checkpoint": "first"}
+  experiments = {
+    "first": to_mapping(fakes.experiment_of(tmp_path, **flat)),
+    "second": to_mapping(fakes.experiment_of(tmp_path, **flat, **init)),
+  }
+  mapping = {
+    "control": "second",
+    "seeds": (1,),
+    "metrics": ("eval/bits_per_byte/text",),
+    "experiments": experiments,
+  }
+  workdir = tmp_path / "runs"
+  comparison = from_mapping(Comparison, mapping)
+  assert compare.run(comparison, workdir) == 0
+  recorded = json.loads((workdir / "second_s1" / "config.json").read_text())
+  assert recorded["init"]["checkpoint"] == str(workdir / "first_s1")
+  results = json.loads((workdir / "comparison.json").read_text())
+  first, second = (results["experiments"][n] for n in ("first", "second"))
+  assert first["losses"]["text"]["s"] == []
+  assert second["losses"]["text"]["s"] == [1.0]
+  (bits,) = second["metrics"]["eval/bits_per_byte/text"]
+  scores = json.loads((workdir / "second_s1" / "evaluation.json").read_text())
+  assert bits == scores["metrics"]["eval/bits_per_byte/text"]
+  assert "bits per byte, text" in (workdir / "comparison.md").read_text()
+  misspelt = dataclasses.replace(comparison, metrics=("eval/bits_per_byte",))
+  with pytest.raises(UserError, match="did you mean 'eval/bits_per_byte/text'"):
+    compare.run(misspelt, workdir)
+  mapping["experiments"]["first"]["init"]["checkpoint"] = "second"
+  with pytest.raises(
+    ConfigError, match="starts from another experiment itself"
+  ):
+    from_mapping(Comparison, mapping)
+
+
 @pytest.mark.parametrize(
   ("changes", "said"),
   [
@@ -121,6 +162,16 @@ def test_the_shipped_comparison_is_one_of_equal_flops():
   compare.check_flops(comparison)
   assert len(comparison.seeds) >= 3
   assert list(comparison.experiments) == ["dense", "ffn", "ffn_qkv", "mot"]
+
+
+@pytest.mark.parametrize("config", [compare_lmfusion, compare_transfusion])
+def test_the_other_comparisons_are_whole(config):
+  comparison = from_mapping(Comparison, config.get_config("10").to_dict())
+  assert len(comparison.seeds) >= 3
+  if comparison.equal_flops:
+    compare.check_flops(comparison)
+  for name, experiment in comparison.experiments.items():
+    assert experiment.train.num_steps == (20 if name == "text_model" else 10)
 
 
 def test_a_misspelt_key_is_one_line_and_nothing_is_written(tmp_path):
