@@ -2,7 +2,7 @@
 
 Every training loss of the interrupted run must equal the uninterrupted run's, to
 the last bit of what metrics.csv holds; the killed run's last checkpoint must draw
-and write; and the default data must fill the rows.
+and write; and data that is chosen to fill the rows must do so.
 """
 
 import csv
@@ -18,7 +18,14 @@ from fusionlab.data import open_data
 from fusionlab.experiment import Experiment
 from fusionlab.tokenizers import load_tokenizers
 
-CONFIGS = ("configs/mot_chameleon.py", "configs/mot_transfusion.py")
+# Config -> what else its command says.
+CONFIGS = {
+  "configs/mot_chameleon.py": (),
+  "configs/mot_transfusion.py": (),
+  # Its few passages do not fill what pictures leave.
+  "configs/lmfusion.py:tiny": ("--config.init.text_steps=4",),
+}
+FILLED = ("configs/mot_chameleon.py", "configs/mot_transfusion.py")
 KILL_AFTER, LAST_STEP, TIMEOUT = 9, 14, 600
 # Tokens over places of each tower; a plan that packs badly wastes the rest.
 FILL = 0.97
@@ -35,6 +42,7 @@ def command(config: str, workdir: pathlib.Path) -> list[str]:
     "--config.train.log_every=1",
     "--config.train.eval_every=0",
     "--config.train.checkpoint_every=4",
+    *CONFIGS[config],
   ]
 
 
@@ -87,7 +95,7 @@ def generates(workdir: pathlib.Path) -> bool:
 
 
 def fills(config: str) -> dict[str, float]:
-  """Tokens over places of each modality, in the default data's first epoch."""
+  """Tokens over places of each modality, in the first epoch."""
   get_config = runpy.run_path(config)["get_config"]
   experiment = Experiment.from_mapping(get_config().to_dict())
   tokenizers = load_tokenizers(image_path=experiment.data.image_tokenizer)
@@ -117,10 +125,11 @@ def holds(config: str) -> bool:
   for step in differing:
     print(f"step {step}: {expected.get(step)} became {found.get(step)}")
   print(f"{LAST_STEP - len(differing)} of {LAST_STEP} steps agree")
-  full = fills(config)
+  full = fills(config) if config in FILLED else {}
   for name, fill in full.items():
     print(f"{name} places are {fill:.3f} full, at least {FILL}")
-  return not differing and generated and min(full.values()) >= FILL
+  filled = all(fill >= FILL for fill in full.values())
+  return not differing and generated and filled
 
 
 def main() -> int:

@@ -51,6 +51,7 @@ def render(experiment: Experiment) -> str:
     ("total", counts.total),
     ("active per token", counts.active),
     ("embedding and output tables", counts.embedding),
+    *([("patches in and out", counts.patches)] if counts.patches else []),
     *((f"tower {name}", n) for name, n in counts.per_tower.items()),
     *(
       (f"  frozen: {name}", n)

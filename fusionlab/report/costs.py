@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ from fusionlab.analysis import parameters
 from fusionlab.errors import UserError
 from fusionlab.experiment import Experiment
 from fusionlab.report.records import Run
-from fusionlab.towers import SHARED, Towers, tower_of
+from fusionlab.towers import SHARED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +79,7 @@ def costs_of(experiment: Experiment, run: Run) -> Costs:
     )
   sizes = {name: math.prod(shape) for name, shape in run.parameters.items()}
   if sizes:
-    per_tower = _by_tower(model.routed_towers, sizes)
-    embedding = _under(sizes, "embed", "unembed")
+    counts = parameters.of_sizes(sizes, model.routed_towers)
   else:
     try:
       counts = parameters.count(model, vocab_size)
@@ -89,30 +87,17 @@ def costs_of(experiment: Experiment, run: Run) -> Costs:
       raise UserError(
         "The size of the latents is not known before the first checkpoint."
       ) from error
-    per_tower, embedding = counts.per_tower, counts.embedding
+  per_tower = dict(counts.per_tower)
   shared = per_tower.pop(SHARED)
   length = experiment.data.row_length
   forward = model.forward_flops_per_token(vocab_size, length)
   return Costs(
-    total=shared + sum(per_tower.values()),
-    active=shared + max(per_tower.values(), default=0),
-    embedding=embedding,
-    patches=_under(sizes, "patches"),
+    total=counts.total,
+    active=counts.active,
+    embedding=counts.embedding,
+    patches=counts.patches,
     towers=[(name, own, shared + own) for name, own in per_tower.items()],
     shared=shared,
     forward=forward,
     step=3 * forward * experiment.train.batch_size * length,
   )
-
-
-def _by_tower(towers: Towers, sizes: Mapping[str, int]) -> dict[str, int]:
-  """Recorded parameters of each tower, and of none under "shared"."""
-  found = Counter(dict.fromkeys((SHARED, *towers.names), 0))
-  for name, size in sizes.items():
-    found[tower_of(name.split("/"), towers)] += size
-  return dict(found)
-
-
-def _under(sizes: Mapping[str, int], *first: str) -> int:
-  """Recorded parameters whose path begins with one of these."""
-  return sum(n for name, n in sizes.items() if name.split("/")[0] in first)

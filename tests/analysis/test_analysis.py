@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import pytest
 
+from configs import mot_transfusion
 from configs.mot_chameleon import get_config
 from fusionlab.analysis import parameters, summary
 from fusionlab.analysis.devices import chip, peak_flops
@@ -15,6 +16,7 @@ from fusionlab.models import build_model
 from fusionlab.models.mixture_of_transformers import (
   MixtureOfTransformersConfig,
 )
+from fusionlab.nn.patches import TIME_FEATURES
 from fusionlab.sharding.mesh import AXES, mesh_shape
 from fusionlab.train.config import OptimizerConfig
 from fusionlab.train.optimizer import make_optimizer, make_schedule
@@ -93,6 +95,17 @@ def test_summary_names_every_number():
   assert f"{16 * counts.total / 4 / 2**20:,.1f}" in summary.render(adam)
   whole = Experiment.from_mapping(mapping | {"mesh": {"preset": "auto"}})
   assert "bytes of all devices" in summary.render(whole)
+
+
+def test_summary_tells_what_brings_patches_in_and_out():
+  """The two matrices of linear patches, and those of their noise level."""
+  config = mot_transfusion.get_config()
+  config.model.patches = "linear"
+  experiment = Experiment.from_mapping(config.to_dict())
+  words = summary.render(experiment).split("patches in and out")[1].split()
+  dim, values = experiment.model.dim, 2 * 2 * 4
+  time = TIME_FEATURES * (TIME_FEATURES + values)
+  assert words[0] == "│" and words[1] == f"{2 * dim * values + time:,}"
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

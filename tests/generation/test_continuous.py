@@ -120,7 +120,7 @@ def test_the_command_writes_pictures_at_several_steps(
   monkeypatch.setattr(command, "find", lambda path: path / "checkpoints" / "7")
   values = flags.FlagValues()
   generation_flags.define(values)
-  words = ["", "--prompt=a", "--make=image", "--snapshots=2"]
+  words = ["", "--prompt=a", "--modality=image", "--snapshots=2"]
   values([*words, "--diffusion_steps=4", "--sampler=ddim", "--eta=0.5"])
   request = generation_flags.read(values)
   request = Request(**vars(request) | {"out": str(tmp_path / "out")})
