@@ -27,7 +27,8 @@ has the bytes of its parameters, gradients and moments.
 passages (`config.init.text_steps`), then grows it, in one command.
 
 What differs from the paper: the base model (Llama-3 8B there), the data (380M pairs),
-the autoencoder (ours has 4 channels), rows of 256, and at `tiny` the optimizer too.
+the autoencoder (ours has 4 channels), rows of 256, and at `tiny` the optimizer and the
+process, rectified flow (configs/mot_transfusion.py says why).
 """
 
 import dataclasses
@@ -68,7 +69,7 @@ def _tiny() -> Experiment:
   of_towers = _of_pictures(passages=0.1)
   return dataclasses.replace(
     of_towers,
-    model=LMFusionConfig(dim=192, num_layers=4, num_heads=6),
+    model=LMFusionConfig(dim=192, num_layers=4, num_heads=6, process="flow"),
     optimizer=dataclasses.replace(of_towers.optimizer, freeze=_FROZEN),
     init=InitConfig(text_steps=250, add_towers=_ADDED),
     train=TrainConfig(batch_size=5, num_steps=600, max_seconds=300.0),
