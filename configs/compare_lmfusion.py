@@ -52,12 +52,12 @@ VARIANTS: dict[str, tuple[str | None, dict[str, str]]] = {
 }
 
 
-def get_config(num_steps: str = "200") -> ConfigDict:
+def get_config(num_steps: str = "100") -> ConfigDict:
   """Returns the comparison: experiments by name, control and seeds.
 
   Args:
-    num_steps: optimizer steps of every run with pictures; `text_model` takes twice
-      as many.
+    num_steps: optimizer steps of every run with pictures; `text_model` takes three
+      times as many.
   """
   steps = int(num_steps)
   pictures = _with_pictures(steps)
@@ -66,7 +66,7 @@ def get_config(num_steps: str = "200") -> ConfigDict:
     pictures,
     data=dataclasses.replace(pictures.data, sources=_sources(passages=1.0)),
     optimizer=dataclasses.replace(pictures.optimizer, learning_rate=3e-3),
-    init=InitConfig(text_steps=2 * steps),
+    init=InitConfig(text_steps=3 * steps),
   )
   experiments = {TEXT_MODEL: to_mapping(text_model(first))}
   for name, (untie, changes) in VARIANTS.items():
@@ -105,18 +105,18 @@ def _with_pictures(steps: int) -> Experiment:
     ),
     data=dataclasses.replace(given.data, sources=_sources(passages=0.02)),
     optimizer=OptimizerConfig(
-      learning_rate=1e-3, schedule="constant", warmup_steps=20, b2=0.95
+      learning_rate=2e-3, schedule="constant", warmup_steps=20, b2=0.95
     ),
     train=TrainConfig(
       batch_size=5,
       num_steps=steps,
       log_every=50,
-      eval_every=max(steps // 5, 1),
+      eval_every=max(steps // 4, 1),
       eval_batches=2,
       checkpoint_every=0,
       keep_checkpoints=1,
     ),
-    evaluate=EvaluateConfig(examples=128, drawn=0, matched=0, grid=0, bank=1),
+    evaluate=EvaluateConfig(examples=64, drawn=0, matched=0, grid=0, bank=1),
   )
 
 

@@ -171,7 +171,7 @@ def test_the_other_comparisons_are_whole(config):
   if comparison.equal_flops:
     compare.check_flops(comparison)
   for name, experiment in comparison.experiments.items():
-    assert experiment.train.num_steps == (20 if name == "text_model" else 10)
+    assert experiment.train.num_steps == (30 if name == "text_model" else 10)
 
 
 def test_a_misspelt_key_is_one_line_and_nothing_is_written(tmp_path):
