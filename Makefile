@@ -34,8 +34,9 @@ demo: $(VENV)/.demo
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(VENV)/bin/python -m experiments.run \
 	  --config=configs/mot_chameleon.py --workdir=$$run
 
+# More workers than two cores: some tests wait for processes that they started.
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	$(VENV)/bin/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder \
 	  $(ARGS)
 
 check: $(VENV)/.dev

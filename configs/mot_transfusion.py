@@ -18,6 +18,12 @@ is rectified flow's velocity (`--config.model.process=ddpm`: the paper's noise):
 loss all but ignores what a caption decides, the first steps of a drawing. On flags alone
 the own picture had median rank 6 of 236 after 300 steps of flow, 88 after 400 of DDPM.
 
+On 2 CPU cores the command takes 9 minutes, six of them training (482 of the 550 steps;
+commit cee92b8, seed 0). Expect a held-out denoising loss of 0.72, of which captions save
+0.03 (of flags 0.40 and 0.18), and 4.46 nats a token of text. It draws flags, colour
+pictures and line drawings as asked, and flags in colours of theirs, but not yet which
+one: the own picture has median rank 242 of 1,608 (chance 804).
+
 The paper's sizes (163m 760m 1.4b 7b; `1_4b` is the same as `1.4b`) keep its rows of
 4,096 tokens, batch, steps, 32,000 ids, U-Net and optimizer: AdamW at 3e-4, 4,000
 warm-up steps, cosine to 1.5e-5 (Transfusion, section 4.1). The paper's data is not
