@@ -175,6 +175,8 @@ class _Page:
 
   def described(self) -> list[dict[str, Any]]:
     """Captions that the model writes for the grid's pictures."""
+    if not self._shown.grid:
+      return []
     written = self._gallery.describe(self._shown.grid)
     return [
       {
