@@ -110,3 +110,11 @@ def test_codes_that_agree_are_of_codes(gallery, monkeypatch):
   assert results.metrics["eval/heldout/own_picture/top1"] == 1
   assert results.chance["eval/heldout/own_picture/top1"] == 1 / 4
   assert not [name for name in results.metrics if "code" in name]
+
+
+def test_without_a_grid_nothing_is_drawn(gallery, tmp_path):
+  nothing = Shown([], {"most": [], "least": []})
+  write(tmp_path, gallery[0], {"heldout": nothing}, 1)
+  said = json.loads((tmp_path / "samples" / "samples.json").read_text())
+  for kind in ("grids", "strips", "described"):
+    assert said[kind] == {"heldout": []}
