@@ -11,10 +11,13 @@ over the dense model's steps, is 0.25 for images and 0.98 for text at 163M.
   python -m experiments.compare --config=configs/compare_transfusion.py:40 --workdir=runs/quick
 
 `dense`, `mot`, `mot_causal` (spans causal) and `mot_unet`, three seeds, on the data of
-configs/mot_transfusion.py at d=128, 4 layers, 4 heads, SwiGLU 512 wide; rows of 384, 5 a
-step, a constant rate. No FID: what is compared is the held-out denoising loss, at the
-same five noise levels and the same noise for all. The U-Net's own FLOPs come on top of
-the count, which is why `config.equal_flops` is off; steps compare, hours do not.
+configs/mot_transfusion.py at d=128, 4 layers, 4 heads, SwiGLU 512 wide; rows of 384, 5
+a step, a constant rate. No FID: what is compared is the held-out denoising loss, at the
+same five noise levels and the same noise for all. A run takes two to three minutes on 2
+CPU cores. Expect the paper's signs: 0.291 dense, 0.282 MoT, 0.298 causal, 0.266 U-Net,
+in every seed (experiments/results/mot_transfusion/compare_transfusion.md). The U-Net's
+own FLOPs come on top of the count, which is why `config.equal_flops` is off; steps
+compare, hours do not.
 """
 
 import dataclasses
