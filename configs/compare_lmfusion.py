@@ -22,7 +22,11 @@ of the same seed, and see captioned pictures and next to no passages, as the pap
 Compared are text (held-out passages, those of `text_model` too), captions behind their
 pictures, and the denoising loss of pictures, in the same steps of the same FLOPs; linear
 patches. d=128, 4 layers, 4 heads, SwiGLU 512 wide; rows of 384, 5 a step, AdamW at a
-constant rate, three seeds.
+constant rate, three seeds. A run takes about two minutes on 2 CPU cores.
+
+Expect frozen text to score what `text_model` does (4.11 nats a token) and fine-tuned text
+0.5 to 0.6 more; of pictures 0.316 deep, 0.339 shallow, 0.423 dense with text frozen, 0.337
+dense with all trained (experiments/results/lmfusion/compare_lmfusion.md).
 """
 
 import dataclasses

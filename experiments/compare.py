@@ -302,13 +302,14 @@ def results_of(comparison: Comparison, workdir: Path) -> dict[str, Any]:
   return results
 
 
-def time_steps(comparison: Comparison) -> dict[str, Any]:
+def time_steps(comparison: Comparison, workdir: Path) -> dict[str, Any]:
   """Seconds of each experiment's step, all of them in turns in this process.
 
   Runs that train one after another cannot be compared: the machine changes.
 
   Args:
     comparison: its experiments are timed with their first seed.
+    workdir: the folder of all runs, finished.
 
   Returns:
     name -> quartiles of "seconds" and of "over_control", JSON-ready.
@@ -318,7 +319,11 @@ def time_steps(comparison: Comparison) -> dict[str, Any]:
   from experiments.benchmarks.train_step import Case
 
   print("timing the steps in turns", flush=True)
-  cases = {n: Case(e) for n, e in comparison.experiments.items()}
+  seed = comparison.seeds[0]
+  cases = {
+    name: Case(experiment_of(comparison, name, seed, workdir))
+    for name in comparison.experiments
+  }
   seconds = timing.interleaved(cases, repeats=_ROUNDS)
   over = timing.ratios(seconds, comparison.control)
   return {
@@ -388,7 +393,7 @@ def run(comparison: Comparison, workdir: Path) -> int:
   if not train_all(comparison, workdir):
     print(f"stopped: {workdir}; the same command goes on from there")
     return 0
-  timed = _timed_before(workdir) or time_steps(comparison)
+  timed = _timed_before(workdir) or time_steps(comparison, workdir)
   write_results(comparison, workdir, timed)
   results = results_of(comparison, workdir) | {"seconds_per_step": timed}
   head, *rows = table_of(results)

@@ -33,7 +33,8 @@ def test_it_trains_what_is_missing_and_writes_a_table(
   monkeypatch.setattr(setup, "open_data", fakes.open_fake_data)
   timed = []
 
-  def time_steps(comparison):
+  def time_steps(comparison, workdir):
+    assert workdir.is_dir()
     timed.append(comparison)
     quartiles = {"low": 1.0, "median": 1.25, "high": 1.5}
     both = {"seconds": quartiles, "over_control": quartiles}
@@ -84,7 +85,7 @@ def test_one_starts_from_another_and_scores_stand_beside_losses(
 ):
   """The start is of the same seed; what others start from has no s."""
   monkeypatch.setattr(setup, "open_data", fakes.open_fake_data)
-  monkeypatch.setattr(compare, "time_steps", lambda comparison: None)
+  monkeypatch.setattr(compare, "_ROUNDS", 1)
   flat = {"train__num_steps": 6, "train__eval_every": 2}
   init = {"init__checkpoint": "first"}
   experiments = {
