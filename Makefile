@@ -36,7 +36,7 @@ demo: $(VENV)/.demo
 
 # More workers than two cores: some tests wait for processes that they started.
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder \
+	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
 	  $(ARGS)
 
 check: $(VENV)/.dev

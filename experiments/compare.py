@@ -252,10 +252,10 @@ def results_of(comparison: Comparison, workdir: Path) -> dict[str, Any]:
   finished: dict[int, dict[str, Finished]] = {}
   for name, seed, folder in runs_of(comparison, workdir):
     steps = comparison.experiments[name].train.num_steps
-    evaluated = evaluate.evaluated_at(str(folder))
-    if workdirs.finished_at(folder) == steps and (
-      evaluated == steps or not comparison.metrics
-    ):
+    complete = workdirs.finished_at(folder) == steps
+    if comparison.metrics:
+      complete &= evaluate.evaluated_at(str(folder)) == steps
+    if complete:
       finished.setdefault(seed, {})[name] = Finished.read(folder)
   seeds = [
     s for s, f in finished.items() if len(f) == len(comparison.experiments)
@@ -319,11 +319,9 @@ def time_steps(comparison: Comparison, workdir: Path) -> dict[str, Any]:
   from experiments.benchmarks.train_step import Case
 
   print("timing the steps in turns", flush=True)
-  seed = comparison.seeds[0]
-  cases = {
-    name: Case(experiment_of(comparison, name, seed, workdir))
-    for name in comparison.experiments
-  }
+  seed, names = comparison.seeds[0], comparison.experiments
+  made = {n: experiment_of(comparison, n, seed, workdir) for n in names}
+  cases = {n: Case(e) for n, e in made.items()}
   seconds = timing.interleaved(cases, repeats=_ROUNDS)
   over = timing.ratios(seconds, comparison.control)
   return {

@@ -52,7 +52,7 @@ def test_a_wrong_setting_is_said(settings, said):
 def test_what_the_process_lacks_is_said(model, objective, said):
   """The process is the model's: what it predicts, and how it is drawn from."""
   mapping = mot_transfusion.get_config().to_dict()
-  mapping["model"] |= model
+  mapping["model"] |= {"process": "ddpm"} | model
   mapping["objective"] |= objective
   with pytest.raises(ConfigError, match=said):
     Experiment.from_mapping(mapping)
